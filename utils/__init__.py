@@ -1,0 +1,1 @@
+"""Local Flatness Regularization: the method, its training engine and its evaluation."""
