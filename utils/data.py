@@ -1,0 +1,830 @@
+"""Datasets held in memory as one uint8 tensor, and reproducible batches of them.
+
+Small images fit in memory (CIFAR-10's training set is 150 MB), so there are no worker processes:
+the pixels move to the device once, and each batch is gathered, cropped and flipped there in a few
+vectorised operations. Everything random depends on (seed, epoch, batch) alone, never on what was
+drawn before, so a run resumed in the middle of an epoch sees exactly the batches it would have
+seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import socket
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a named dataset must look like: channels, side in pixels, number of classes."""
+
+    channels: int
+    side: int
+    classes: int
+
+
+_KNOWN = {
+    "digits": _Known(1, 28, 10),
+    "MNIST": _Known(1, 28, 10),
+    "FashionMNIST": _Known(1, 28, 10),
+    "SVHN": _Known(3, 32, 10),
+    "cifar10": _Known(3, 32, 10),
+    "cifar100": _Known(3, 32, 100),
+}
+DATASETS = (*_KNOWN, "folder")
+
+# Formats Pillow may open here: it also knows some that start other programs (EPS).
+_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".webp": "WEBP",
+}
+_MAX_FILE_BYTES = 64 << 20
+_MAX_TOTAL_BYTES = 64 << 30
+
+
+# ---------------------------------------------------------------------------------------------
+# Images and labels
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and labels, all in memory, on one device.
+
+    Args:
+        name: what to print and log; says so when the pixels come from an image folder.
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], each in [0, number of classes).
+        classes: the classes' names, in the order of the labels.
+
+    Raises:
+        UserError: no images, one class only by name, a label out of range.
+        ValueError: another dtype or shape.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise ValueError(
+                f"images must be uint8 [N, C, H, W], got {self.images.dtype} "
+                f"{list(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 [{len(self.images)}], got {self.labels.dtype} "
+                f"{list(self.labels.shape)}"
+            )
+        if len(self.labels) == 0:
+            raise UserError(f"dataset {self.name}: no images")
+        if len(self.classes) < 2:
+            raise UserError(
+                f"dataset {self.name}: {len(self.classes)} class, at least 2 are needed"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise UserError(
+                f"dataset {self.name}: label {low if low < 0 else high} is out of range, "
+                f"{len(self.classes)} classes allow 0 to {len(self.classes) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set with pixels and labels on ``device``."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def head(self, count: int) -> ImageSet:
+        """The first ``count`` samples (all of them where there are fewer)."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
+        """The samples at ``indices``, in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def float_images(self, index: Tensor | slice | Sequence[int] = slice(None)) -> Tensor:
+        """float32 [n, C, H, W] in [0, 1]: the pixels at ``index`` divided by 255."""
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, dtype=torch.int64, device=self.device)
+        return self.images[index].float().div_(255)
+
+
+def split_validation(train_set: ImageSet, val_size: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Hold out ``val_size`` samples, chosen by ``seed``; both parts keep the original order.
+
+    Returns:
+        (what is left for training, the held-out samples).
+
+    Raises:
+        UserError: nothing would be left, or nothing held out.
+    """
+    if not 0 < val_size < len(train_set):
+        raise UserError(
+            f"--val_size {val_size}: {train_set.name} has {len(train_set)} training samples, "
+            f"allowed are 1 to {len(train_set) - 1}"
+        )
+    order = torch.randperm(len(train_set), generator=_generator("validation", seed))
+    held_out, kept = order[:val_size].sort().values, order[val_size:].sort().values
+    return train_set.subset(kept), train_set.subset(held_out)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def _generator(*key: str | int) -> torch.Generator:
+    """A CPU generator whose stream depends on ``key`` alone.
+
+    The key is hashed because torch's Mersenne Twister takes 32 bits of its seed: sums or products
+    of (seed, epoch, batch) would collide and neighbouring seeds would be related.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Shift each image by up to ``padding`` pixels (zeros come in) and mirror half of them.
+
+    The usual CIFAR augmentation, with its own offsets for each sample. The numbers are drawn on
+    the generator's device, so that a seed gives the same images on every device.
+
+    Args:
+        images: [N, C, H, W], any dtype.
+        generator: source of the offsets and flips.
+        padding: zeros added on every side before an H x W window is cut out, in pixels.
+
+    Returns:
+        [N, C, H, W], the same dtype.
+    """
+    count, _, height, width = images.shape
+    draw = torch.randint(
+        0, 2 * padding + 1, (2, count), generator=generator, device=generator.device
+    )
+    mirror = torch.rand(count, generator=generator, device=generator.device) < 0.5
+    top, left = draw.to(images.device)
+    mirror = mirror.to(images.device)
+    padded = F.pad(images, (padding, padding, padding, padding))
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    columns = torch.where(mirror[:, None], width - 1 - columns, columns) + left[:, None]
+    # One gather from the flattened pixels: [N, C, (H + 2p)(W + 2p)] at [N, 1, H * W].
+    pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).flatten(1)
+    pixels = pixels[:, None].expand(-1, images.shape[1], -1)
+    return padded.flatten(2).gather(2, pixels).view_as(images)
+
+
+class Batches:
+    """Batches ``(x, y, index)`` of an :class:`ImageSet`, the same for the same (seed, epoch).
+
+    ``x`` is float32 [B, C, H, W] in [0, 1], channels_last, ``y`` int64 [B], and ``index`` int64
+    [B] says which samples of the set these are; all three are on the device.
+
+    Args:
+        imageset: the data; moved to ``device`` once, here.
+        batch_size: samples of a *global* batch, over all ranks.
+        shuffle: a new order each epoch (else the set's own order).
+        augment: random crop (padding 4) and horizontal flip, see :func:`random_crop_flip`.
+        seed: with the epoch and the batch's number it decides everything random.
+        device: where batches live; default: where the set is.
+        drop_last: leave out the last batch if it is smaller than the others.
+        min_batch: a last batch smaller than this joins the one before it (BatchNorm cannot
+            train on one sample).
+        rank, world_size: this process gets the rank-th contiguous slice of every global batch, so
+            that N processes together see what one would see. No slice is ever empty.
+
+    Raises:
+        UserError: fewer samples than a batch needs, or training data of one class only.
+    """
+
+    def __init__(
+        self,
+        imageset: ImageSet,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        augment: bool = False,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        drop_last: bool = False,
+        min_batch: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} processes")
+        if batch_size < world_size:
+            raise UserError(f"batch size {batch_size} is less than the {world_size} processes")
+        self.imageset = imageset.to(device) if device is not None else imageset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augment = augment
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.bounds = self._bounds(drop_last, max(min_batch, world_size))
+        if shuffle:
+            self._check_trainable(min_batch)
+
+    def _bounds(self, drop_last: bool, min_batch: int) -> list[tuple[int, int]]:
+        """First and last+1 position of each global batch in the epoch's order."""
+        total, size = len(self.imageset), self.batch_size
+        bounds = [(start, min(start + size, total)) for start in range(0, total, size)]
+        start, stop = bounds[-1]
+        if drop_last and stop - start < size:
+            bounds.pop()
+            if not bounds:
+                raise UserError(
+                    f"dataset {self.imageset.name}: {total} samples do not fill a batch of {size}"
+                )
+        elif stop - start < min_batch and len(bounds) > 1:
+            bounds[-2:] = [(bounds[-2][0], stop)]
+        if bounds[-1][1] - bounds[-1][0] < self.world_size:
+            raise UserError(
+                f"dataset {self.imageset.name}: {total} samples cannot be shared by "
+                f"{self.world_size} processes"
+            )
+        return bounds
+
+    def _check_trainable(self, min_batch: int) -> None:
+        name, labels = self.imageset.name, self.imageset.labels
+        if len(labels) < min_batch:
+            raise UserError(f"dataset {name}: {len(labels)} sample, training needs {min_batch}")
+        if bool((labels == labels[0]).all()):
+            raise UserError(
+                f"dataset {name}: all {len(labels)} training samples are of class "
+                f"{self.imageset.classes[int(labels[0])]!r}, at least 2 classes are needed"
+            )
+        images = self.imageset.images
+        if all(bool((part == images[0]).all()) for part in images.split(4096)):
+            raise UserError(f"dataset {name}: all {len(labels)} training images are the same")
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.bounds)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples an epoch, over all ranks."""
+        return self.bounds[-1][1]
+
+    def global_size(self, batch: int) -> int:
+        """Samples of global batch number ``batch``, over all ranks."""
+        start, stop = self.bounds[batch]
+        return stop - start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration uses."""
+        self.epoch = epoch
+
+    def generator(self, batch: int, purpose: str = "search") -> torch.Generator:
+        """A CPU generator for anything else that is random in a batch, e.g. a random start.
+
+        It depends on (seed, epoch, batch, purpose, rank), so it needs no saving for a resume.
+        """
+        return _generator(purpose, self.seed, self.epoch, batch, self.rank)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return self.iterate()
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches ``start``, ``start + 1``, ... exactly as a full epoch would have given them."""
+        epoch, device = self.epoch, self.imageset.device
+        order = None
+        if self.shuffle:
+            generator = _generator("order", self.seed, epoch)
+            order = torch.randperm(len(self.imageset), generator=generator).to(device)
+        for batch in range(start, len(self.bounds)):
+            first, last = self.bounds[batch]
+            if order is not None:
+                index = order[first:last]
+            else:
+                index = torch.arange(first, last, device=device)
+            images = None
+            if self.augment:
+                # Drawn for the whole global batch: a rank's slice does not depend on their number.
+                generator = _generator("augment", self.seed, epoch, batch)
+                images = random_crop_flip(self.imageset.images[index], generator)
+            share = slice(
+                self.rank * (last - first) // self.world_size,
+                (self.rank + 1) * (last - first) // self.world_size,
+            )
+            index = index[share]
+            images = self.imageset.images[index] if images is None else images[share]
+            x = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+            yield x, self.imageset.labels[index], index
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def canonical_name(name: str) -> str:
+    """``"CIFAR10"`` -> ``"cifar10"``, ``"mnist"`` -> ``"MNIST"``; UserError for an unknown name."""
+    for known in DATASETS:
+        if name.lower() == known.lower():
+            return known
+    raise UserError(f"--dataset {name}: unknown, allowed are {', '.join(DATASETS)}")
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | os.PathLike[str],
+    train: bool,
+    *,
+    expected_channels: int | None = None,
+) -> ImageSet:
+    """The training or the test part of a dataset.
+
+    For every name but ``digits``, an image folder ``{train,test}/<class>/*`` in ``data_dir``, in
+    ``data_dir/<name>``, or inside a zip file ``data_dir/<name>*.zip`` is taken first; then
+    torchvision's files in ``data_dir``; and if they are missing too, they are downloaded there.
+
+    Args:
+        name: one of :data:`DATASETS`, upper or lower case.
+        data_dir: folder of the data; also a zip file that holds an image folder.
+        train: the training part, else the test part.
+        expected_channels: 1 (grey) or 3 (colour), for ``folder``; the named datasets know theirs.
+
+    Raises:
+        UserError: one line that says what is missing or wrong and what would be right.
+    """
+    name = canonical_name(name)
+    root = Path(data_dir).expanduser()
+    if name == "digits":
+        imageset = _load_digits(train)
+    else:
+        source = _find_image_folder(name, root)
+        if source is not None:
+            imageset = _load_image_folder(name, source, train, expected_channels)
+        elif name == "folder":
+            raise UserError(
+                f"--data_dir {root}: no image folder there, expected are files "
+                f"{root}/{{train,test}}/<class>/*.(png|jpg|...)"
+            )
+        else:
+            imageset = _load_torchvision(name, root, train)
+    known = _KNOWN.get(name)
+    if known is not None and len(imageset.classes) != known.classes:
+        raise UserError(
+            f"dataset {imageset.name}: {len(imageset.classes)} classes in {root}, {name} has "
+            f"{known.classes}; use --dataset folder for data of your own"
+        )
+    if known is not None and imageset.image_size != (known.side, known.side):
+        raise UserError(
+            f"dataset {imageset.name}: images of {'x'.join(map(str, imageset.image_size))} pixels "
+            f"in {root}, {name} has {known.side}x{known.side}; use --dataset folder for data of "
+            f"your own"
+        )
+    return imageset
+
+
+def _load_digits(train: bool) -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits as 28 x 28 images: 1,437 to train, 360 to test.
+
+    The test part is 36 of each class, drawn with a fixed seed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(f"--dataset digits needs scikit-learn ({error})") from None
+
+    digits = load_digits()
+    labels = torch.as_tensor(digits.target, dtype=torch.int64)
+    small = torch.as_tensor(digits.images, dtype=torch.float64)[:, None] * (255 / 16)
+    large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
+    images = large.round().clamp(0, 255).to(torch.uint8)
+    order = torch.randperm(len(labels), generator=_generator("digits"))
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        is_test[order[labels[order] == digit][:36]] = True
+    chosen = ~is_test if train else is_test
+    classes = tuple(str(digit) for digit in range(10))
+    return ImageSet("digits", images[chosen], labels[chosen], classes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Image folders: {train,test}/<class>/*, unpacked or in a zip file
+
+
+class _Folder:
+    """An unpacked image folder."""
+
+    is_zip = False
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def label(self, *parts: str) -> str:
+        return str(self.root.joinpath(*parts))
+
+    def classes(self, part: str) -> list[str]:
+        return sorted(
+            entry.name
+            for entry in os.scandir(self.root / part)
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+
+    def files(self, part: str, class_name: str) -> list[str]:
+        # is_file() is false for a FIFO or a device, which would block the reader.
+        return sorted(
+            entry.name
+            for entry in os.scandir(self.root / part / class_name)
+            if entry.is_file() and not entry.name.startswith(".")
+        )
+
+    def read(self, part: str, class_name: str, file: str) -> bytes:
+        path = self.root / part / class_name / file
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise OSError(f"file of more than {_MAX_FILE_BYTES >> 20} MB")
+        return path.read_bytes()
+
+
+class _ZippedFolder:
+    """An image folder inside a zip file, at its top or below one folder; nothing is unpacked."""
+
+    is_zip = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.archive = zipfile.ZipFile(path)
+        self.tree: dict[str, dict[str, dict[str, str]]] = {"train": {}, "test": {}}
+        for member in self.archive.namelist():
+            parts = PurePosixPath(member).parts
+            if len(parts) == 4:
+                parts = parts[1:]
+            if len(parts) == 3 and parts[0] in self.tree and not parts[2].startswith("."):
+                self.tree[parts[0]].setdefault(parts[1], {})[parts[2]] = member
+
+    def label(self, *parts: str) -> str:
+        return "/".join([str(self.path), *parts])
+
+    def classes(self, part: str) -> list[str]:
+        return sorted(self.tree[part])
+
+    def files(self, part: str, class_name: str) -> list[str]:
+        return sorted(self.tree[part].get(class_name, ()))
+
+    def read(self, part: str, class_name: str, file: str) -> bytes:
+        member = self.tree[part][class_name][file]
+        if self.archive.getinfo(member).file_size > _MAX_FILE_BYTES:
+            raise OSError(f"file of more than {_MAX_FILE_BYTES >> 20} MB")
+        return self.archive.read(member)
+
+
+def _find_image_folder(name: str, root: Path) -> _Folder | _ZippedFolder | None:
+    """The image folder that ``root`` (a folder or a zip file) holds for this dataset, if any."""
+    try:
+        if root.is_file():
+            return _open_zip(root)
+        places = [root] if name == "folder" else [root, root / name.lower(), root / name]
+        for place in places:
+            if (place / "train").is_dir() or (place / "test").is_dir():
+                return _Folder(place)
+        if root.is_dir():
+            for path in sorted(root.glob("*.zip")):
+                if (name == "folder" or path.name.lower().startswith(name.lower())) and (
+                    path.is_file()
+                ):
+                    source = _open_zip(path)
+                    if source.classes("train") or source.classes("test"):
+                        return source
+    except OSError as error:
+        raise UserError(f"--data_dir {root}: {error.strerror or error}") from None
+    return None
+
+
+def _open_zip(path: Path) -> _ZippedFolder:
+    try:
+        return _ZippedFolder(path)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"--data_dir: {path} is not a readable zip file ({error})") from None
+
+
+def _load_image_folder(
+    name: str, source: _Folder | _ZippedFolder, train: bool, expected_channels: int | None
+) -> ImageSet:
+    """Decode ``{train,test}/<class>/*``; labels follow the alphabetical order of the classes."""
+    part = "train" if train else "test"
+    try:
+        files = _list_images(source, part)
+        classes = tuple(sorted({class_name for class_name, _ in files}))
+        if not train:  # the labels of the test images are those the network was trained with
+            trained = source.classes("train") if _has(source, "train") else list(classes)
+            strange = sorted(set(classes) - set(trained))
+            if strange:
+                raise UserError(
+                    f"{source.label('test', strange[0])}: class {strange[0]!r} is not among the "
+                    f"{len(trained)} classes of {source.label('train')}"
+                )
+            classes = tuple(trained)
+    except OSError as error:
+        raise UserError(f"{source.label(part)}: {error.strerror or error}") from None
+    if len(classes) < 2:
+        raise UserError(
+            f"{source.label(part)}: one class only ({classes[0]!r}), at least 2 are needed"
+        )
+    known = _KNOWN.get(name)
+    channels = known.channels if known is not None else expected_channels
+    images = _decode(source, part, files, channels)
+    label_of = {class_name: label for label, class_name in enumerate(classes)}
+    labels = torch.tensor([label_of[class_name] for class_name, _ in files], dtype=torch.int64)
+    formats = {_FORMATS[PurePosixPath(file).suffix.lower()] for _, file in files}
+    note = ", JPEG" if formats == {"JPEG"} else ""
+    # 'folder' alone would repeat itself: name the folder instead.
+    shown = name
+    if name == "folder":
+        place = source.path if isinstance(source, _ZippedFolder) else source.root
+        shown = place.resolve().name or "folder"
+    return ImageSet(f"{shown} (image folder{note})", images, labels, classes)
+
+
+def _has(source: _Folder | _ZippedFolder, part: str) -> bool:
+    return bool(source.classes(part)) if source.is_zip else (source.root / part).is_dir()
+
+
+def _list_images(source: _Folder | _ZippedFolder, part: str) -> list[tuple[str, str]]:
+    """(class, file) of every image, sorted."""
+    if not _has(source, part):
+        raise UserError(f"{source.label(part)}: missing, an image folder needs train and test")
+    classes = source.classes(part)
+    if not classes:
+        raise UserError(
+            f"{source.label(part)}: empty, expected are images in {part}/<class>/ folders"
+        )
+    files = []
+    for class_name in classes:
+        names = [
+            file
+            for file in source.files(part, class_name)
+            if PurePosixPath(file).suffix.lower() in _FORMATS
+        ]
+        if not names:
+            raise UserError(
+                f"{source.label(part, class_name)}: no images (looked for "
+                f"{', '.join(sorted(_FORMATS))})"
+            )
+        files += [(class_name, file) for file in names]
+    return files
+
+
+def _decode(
+    source: _Folder | _ZippedFolder,
+    part: str,
+    files: list[tuple[str, str]],
+    channels: int | None,
+) -> Tensor:
+    """uint8 [N, C, H, W] of all files; all must agree with the first one's size and channels."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+    from tqdm import tqdm
+
+    pixels = None
+    first = source.label(part, *files[0])
+    # One thread: decoding tiny images holds the GIL most of the time, and threads were slower.
+    bar = tqdm(files, desc=f"reading {part} images", unit="", leave=False, disable=None, delay=1)
+    for number, (class_name, file) in enumerate(bar):
+        label = source.label(part, class_name, file)
+        try:
+            stored = io.BytesIO(source.read(part, class_name, file))
+            with Image.open(stored, formats=tuple(set(_FORMATS.values()))) as image:
+                colour = _channels(image, label)
+                if pixels is None:
+                    if channels is not None and colour != channels:
+                        raise UserError(_wrong_colour(label, colour, channels))
+                    total = len(files) * colour * image.width * image.height
+                    if total > _MAX_TOTAL_BYTES:
+                        raise UserError(
+                            f"{label}: {len(files)} images of {image.width}x{image.height} pixels "
+                            f"need {total >> 30} GB of memory"
+                        )
+                    pixels = np.empty((len(files), image.height, image.width, colour), np.uint8)
+                if colour != pixels.shape[3]:
+                    raise UserError(
+                        _wrong_colour(label, colour, pixels.shape[3])
+                        + ("" if channels is not None else f" like {first}")
+                    )
+                if (image.height, image.width) != pixels.shape[1:3]:
+                    raise UserError(
+                        f"{label}: {image.width}x{image.height} pixels, but {first} has "
+                        f"{pixels.shape[2]}x{pixels.shape[1]}; all images must have one size"
+                    )
+                decoded = np.asarray(image.convert("L" if colour == 1 else "RGB"))
+                pixels[number] = decoded[..., None] if colour == 1 else decoded
+        except UnidentifiedImageError:
+            raise UserError(f"{label}: not an image, or damaged") from None
+        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{label}: cannot be read ({error})") from None
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{label}: {error}") from None
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _channels(image: Any, label: str) -> int:
+    """1 for a grey image, 3 for a colour one."""
+    if image.mode in ("1", "L"):
+        return 1
+    if image.mode == "P":
+        image.load()
+        palette = image.convert("RGB").getcolors(256)
+        return 1 if palette and all(r == g == b for _, (r, g, b) in palette) else 3
+    if image.mode in ("RGB", "CMYK", "YCbCr"):
+        return 3
+    if image.mode in ("LA", "RGBA"):
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise UserError(f"{label}: has transparent pixels, which have no defined colour here")
+        return 1 if image.mode == "LA" else 3
+    raise UserError(f"{label}: pixel format {image.mode!r}, 8-bit grey or colour is needed")
+
+
+def _wrong_colour(label: str, channels: int, needed: int) -> str:
+    words = {1: "grey", 3: "colour"}
+    return f"{label}: a {words[channels]} image where {words.get(needed, needed)} is needed"
+
+
+# ---------------------------------------------------------------------------------------------
+# torchvision's datasets
+
+
+def _load_torchvision(name: str, root: Path, train: bool) -> ImageSet:
+    """From torchvision's files in ``root``, downloaded if they are missing."""
+    from torchvision import datasets
+
+    source = {
+        "MNIST": datasets.MNIST,
+        "FashionMNIST": datasets.FashionMNIST,
+        "SVHN": datasets.SVHN,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+    }[name]
+    part: dict[str, Any] = {"train": train}
+    if name == "SVHN":
+        part = {"split": "train" if train else "test"}
+
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--data_dir {root}: not a folder")
+    try:
+        try:
+            stored = source(root, **part, download=False)
+        except RuntimeError:  # torchvision's word for: files missing or not what they should be
+            stored = _download(name, root, source, part)
+    except UserError:
+        raise
+    except Exception as error:  # half-written idx, pickle or mat files fail in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"--dataset {name}: the files in {root} cannot be read ({reason}); delete them to "
+            f"have them downloaded again"
+        ) from None
+    images = torch.as_tensor(stored.data)
+    if images.dim() == 3:  # grey, [N, H, W]
+        images = images[:, None]
+    elif name != "SVHN":  # [N, H, W, C]
+        images = images.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(stored.labels if name == "SVHN" else stored.targets)
+    # torchvision's MNIST calls its classes '0 - zero'; SVHN does not name them.
+    names = getattr(stored, "classes", None) or [str(digit) for digit in range(10)]
+    classes = tuple(str(class_name).split(" - ")[0] for class_name in names)
+    return ImageSet(name, images.contiguous(), labels.to(torch.int64), classes)
+
+
+def _download(name: str, root: Path, source: Callable[..., Any], part: dict[str, Any]) -> Any:
+    """torchvision's download, refused within seconds where there is no network."""
+    urls = _addresses(name, source, part)
+    by_hand = {
+        "MNIST": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
+        "FashionMNIST": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
+        "SVHN": "{train,test}_32x32.mat",
+        "cifar10": "cifar-10-python.tar.gz",
+        "cifar100": "cifar-100-python.tar.gz",
+    }[name]
+    advice = f"put {root}/{by_hand} there by hand, or take --dataset digits, which needs no files"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".download.lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"--dataset {name}: not in {root}, and cannot be downloaded to there "
+            f"({error.strerror}); {advice}"
+        ) from None
+    # Processes of one run must not write the same files at once; the later ones find them done.
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _files_by_hand(name, root):
+            failure = _unreachable(urls)
+            if failure:
+                raise UserError(
+                    f"--dataset {name}: not in {root}, and the download failed "
+                    f"(tried {', '.join(urls)}: {failure}); {advice}"
+                )
+        previous = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return source(root, **part, download=True)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--dataset {name}: not in {root}, and the download failed (tried "
+                f"{', '.join(urls)}: {reason}); {advice}"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(previous)
+
+
+def _files_by_hand(name: str, root: Path) -> bool:
+    """Whether packed files lie there, which torchvision only needs to unpack."""
+    patterns = {
+        "MNIST": "MNIST/raw/*.gz",
+        "FashionMNIST": "FashionMNIST/raw/*.gz",
+        "SVHN": "*_32x32.mat",
+        "cifar10": "cifar-10-python.tar.gz",
+        "cifar100": "cifar-100-python.tar.gz",
+    }
+    return any(root.glob(patterns[name]))
+
+
+def _addresses(name: str, source: Any, part: dict[str, Any]) -> list[str]:
+    if name in ("MNIST", "FashionMNIST"):
+        return [mirror + source.resources[0][0] for mirror in source.mirrors]
+    if name == "SVHN":
+        return [source.split_list[part["split"]][0]]
+    return [source.url]
+
+
+def _unreachable(urls: list[str], seconds: float = 8) -> str:
+    """Why none of the addresses answers, or an empty string if one does.
+
+    torchvision tries each mirror several times and each address of a host in turn, which may take
+    minutes where packets vanish; this asks all at once, with one deadline for name look-up too.
+    """
+    done, reasons = threading.Event(), []
+
+    def ask(url: str) -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass  # it answered
+        except Exception as error:
+            reasons.append(" ".join(str(getattr(error, "reason", error)).split()))
+            if len(reasons) < len(urls):
+                return
+            done.set()
+            return
+        reasons.clear()
+        answered.set()
+        done.set()
+
+    answered = threading.Event()
+    for url in urls:
+        threading.Thread(target=ask, args=(url,), daemon=True).start()
+    done.wait(seconds)
+    if answered.is_set():
+        return ""
+    return reasons[0] if reasons else f"no answer within {seconds:.0f} s"
