@@ -1,8 +1,9 @@
-"""The command lines of the four scripts: flags, their units and ranges, and the checks across flags.
+"""The command lines of the four scripts: flags, units, ranges, and the checks across flags.
 
-A script brings one table of defaults (:class:`TrainingDefaults` or :class:`EvaluationDefaults`) and
-calls :func:`parse_training` or :func:`parse_evaluation`; everything else is shared. Multi-word flags
-are understood with underscores and with hyphens (``--train_batch``, ``--train-batch``).
+A script brings one table of defaults, a :class:`TrainingDefaults` or :class:`EvaluationDefaults`,
+and calls :func:`parse_training` or :func:`parse_evaluation`; everything else is shared. Flags of
+several words are understood with underscores and with hyphens (``--train_batch``,
+``--train-batch``).
 
 A mistake ends in one line on stderr, ``script: error: ...``, and exit code 2.
 """
@@ -271,100 +272,80 @@ class Parser(argparse.ArgumentParser):
         return {a.dest: a.default for a in self._actions if a.dest != "help"}
 
 
-def _flag(group: Any, *names: str, help: str, **options: Any) -> None:
-    """Add a flag under both spellings, its default at the end of its help."""
-    spellings = []
-    for name in names:
-        spellings.append(name)
-        if name.startswith("--") and "_" in name:
-            spellings.append("--" + name[2:].replace("_", "-"))
-    default = options.get("default")
-    if not (default is None or default is False or default == "") and "default" not in help:
-        help += " (default: %(default)s)"
-    group.add_argument(*dict.fromkeys(spellings), help=help, **options)
+class _Group:
+    """A titled group of flags; names are written with underscores, hyphens are added."""
+
+    def __init__(self, parser: Parser, title: str) -> None:
+        self._group = parser.add_argument_group(title)
+
+    def value(
+        self,
+        names: str,
+        convert: Callable[[str], Any],
+        metavar: str,
+        default: Any,
+        help: str,
+        **options: Any,
+    ) -> None:
+        """A flag with a value (or several: ``nargs``); names separated by spaces."""
+        self._add(names, help, type=convert, metavar=metavar, default=default, **options)
+
+    def choice(self, names: str, choices: Sequence[str], default: str | None, help: str) -> None:
+        """A flag whose value is one of ``choices``."""
+        listed = "{" + ",".join(choices) + "}"
+        self._add(names, help, type=one_of(choices), metavar=listed, default=default)
+
+    def switch(self, names: str, help: str, **options: Any) -> None:
+        """A flag without a value."""
+        self._add(names, help, **{"action": "store_true", "default": False, **options})
+
+    def _add(self, names: str, help: str, **options: Any) -> None:
+        spellings = []
+        for name in names.split():
+            spellings.append(name)
+            if name.startswith("--"):
+                spellings.append("--" + name[2:].replace("_", "-"))
+        shows = isinstance(options["default"], (int, float, str, list)) and options["default"] != ""
+        if shows and "type" in options and "(default" not in help:
+            help += " (default: %(default)s)"
+        self._group.add_argument(*dict.fromkeys(spellings), help=help, **options)
 
 
-def _choice(group: Any, *names: str, choices: Sequence[str], help: str, **options: Any) -> None:
-    """Add a flag whose value is one of ``choices``."""
-    listed = "{" + ",".join(choices) + "}"
-    _flag(group, *names, type=one_of(choices), metavar=listed, help=help, **options)
+# Each flag with its help below it is a table that the formatter would pull apart.
+# fmt: off
+def _add_data_flags(group: _Group, datasets: Sequence[str], dataset: str) -> None:
+    group.choice("-d --dataset", datasets, dataset, "dataset")
+    group.value("--data_dir", path, "DIR", "./data",
+        "where the data are or are downloaded to; also an image folder {train,test}/<class>/*")
+    group.value("-j --workers", integer(0, 256), "THREADS", 4,
+        "threads that decode an image folder; all else is held in memory and needs none")
 
 
-def _network_flags(parser: Parser, archs: Sequence[str], defaults: Mapping[str, Any]) -> Any:
+def _add_network_flags(group: _Group, archs: Sequence[str], defaults: Mapping[str, Any]) -> None:
     """The flags that describe a network; an empty ``defaults`` leaves them to the checkpoint."""
-    group = parser.add_argument_group("network")
     get = defaults.get
-    _choice(group, "-a", "--arch", choices=archs, default=get("arch"), help="architecture")
-    _flag(
-        group,
-        "--depth",
-        type=integer(4, 1202),
-        metavar="LAYERS",
-        default=get("depth"),
-        help="layers: resnet 6n+2 (Bottleneck 9n+2), wrn 6n+4; small_cnn has no choice",
-    )
-    _choice(
-        group,
-        "--block_name",
-        choices=BLOCKS,
-        default=get("block_name"),
-        help="building block of resnet",
-    )
-    _flag(
-        group,
-        "--widen_factor",
-        type=integer(1, 64),
-        metavar="TIMES",
-        default=get("widen_factor"),
-        help="width of wrn, times 16 channels",
-    )
-    _flag(
-        group,
-        "--drop",
-        "--dropout",
-        type=fraction,
-        metavar="SHARE",
-        default=get("drop"),
-        help="share of activations that dropout sets to zero (small_cnn, wrn)",
-    )
-    return group
+    group.choice("-a --arch", archs, get("arch"), "architecture")
+    group.value("--depth", integer(4, 1202), "LAYERS", get("depth"),
+        "layers: resnet 6n+2 (Bottleneck 9n+2), wrn 6n+4; small_cnn has no choice")
+    group.choice("--block_name", BLOCKS, get("block_name"), "building block of resnet")
+    group.value("--widen_factor", integer(1, 64), "TIMES", get("widen_factor"),
+        "width of wrn, x 16 channels")
+    group.value("--drop --dropout", fraction, "SHARE", get("drop"),
+        "share of activations that dropout sets to zero (small_cnn, wrn)")
 
 
-def _device_flags(group: Any) -> None:
-    _flag(
-        group,
-        "--gpu_id",
-        type=gpu_ids,
-        metavar="ID[,ID]",
-        default="0",
-        help="GPU number(s); without CUDA the command runs on MPS or the CPU and says so",
-    )
-    _flag(
-        group,
-        "--threads",
-        type=integer(0, 1024),
-        metavar="N",
-        default=0,
-        help="CPU threads of PyTorch; 0 = PyTorch's own choice",
-    )
+def _add_ball_flags(group: _Group, epsilon: float) -> None:
+    group.choice("--norm", NORMS, "l_inf",
+        "norm of the ball; the gradient is measured in its dual (l_inf: L1, l_2: L2)")
+    group.value("--epsilon", pixel, "RADIUS", epsilon,
+        "radius of the ball, in units of pixel intensity (pixels lie in [0, 1]); 8/255 works")
 
 
-def _ball_flags(group: Any, epsilon: float) -> None:
-    _choice(
-        group,
-        "--norm",
-        choices=NORMS,
-        default="l_inf",
-        help="norm of the ball; the gradient is measured in the dual norm (l_inf: L1, l_2: L2)",
-    )
-    _flag(
-        group,
-        "--epsilon",
-        type=pixel,
-        metavar="RADIUS",
-        default=epsilon,
-        help="radius of the ball, in units of pixel intensity (pixels lie in [0, 1]); 8/255 works",
-    )
+def _add_device_flags(group: _Group) -> None:
+    group.value("--gpu_id", gpu_ids, "ID[,ID]", "0",
+        "GPU number(s); without CUDA the command runs on MPS or the CPU and says so")
+    group.value("--threads", integer(0, 1024), "N", 0, "CPU threads; 0 = PyTorch's own choice")
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,353 +353,109 @@ def _ball_flags(group: Any, epsilon: float) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+# fmt: off
 def add_training_options(parser: Parser, defaults: TrainingDefaults) -> None:
     """Add every flag of a training script to ``parser``."""
-    data = parser.add_argument_group("data")
-    _choice(
-        data, "-d", "--dataset", choices=defaults.datasets, default=defaults.dataset, help="dataset"
-    )
-    _flag(
-        data,
-        "--data_dir",
-        type=path,
-        metavar="DIR",
-        default="./data",
-        help="where the data are or are downloaded to; also an image folder {train,test}/<class>/*",
-    )
-    _flag(
-        data,
-        "--nlabel",
-        type=positive_int,
-        metavar="SAMPLES",
-        help="use the first N training samples only (default: all, 50000 on CIFAR)",
-    )
-    _flag(
-        data,
-        "--val_size",
-        type=non_negative_int,
-        metavar="SAMPLES",
-        help="training samples held out to choose the best checkpoint; 0 = none "
-        "(default: 1000, at most a tenth of the training set)",
-    )
-    _flag(
-        data,
-        "--augment",
-        action="store_true",
-        default=defaults.augment,
-        help="random crop (padding 4 pixels) and horizontal flip "
-        f"(default: {'on' if defaults.augment else 'off'})",
-    )
-    _flag(
-        data,
-        "--no_augment",
-        action="store_false",
-        dest="augment",
-        default=defaults.augment,
-        help="train on images as they are",
-    )
-    _flag(
-        data,
-        "-j",
-        "--workers",
-        type=integer(0, 256),
-        metavar="THREADS",
-        default=4,
-        help="threads that decode an image folder; other datasets are held in memory",
-    )
+    data = _Group(parser, "data")
+    _add_data_flags(data, defaults.datasets, defaults.dataset)
+    data.value("--nlabel", positive_int, "SAMPLES", None,
+        "use the first N training samples only (default: all, 50000 on CIFAR)")
+    data.value("--val_size", non_negative_int, "SAMPLES", None,
+        "training samples held out to choose the best checkpoint; 0 = none "
+        "(default: 1000, at most a tenth of the training set)")
+    data.switch("--augment",
+        "random crop (padding 4 pixels) and horizontal flip "
+        f"(default: {'on' if defaults.augment else 'off'})", default=defaults.augment)
+    data.switch("--no_augment", "train on images as they are",
+        action="store_false", dest="augment", default=defaults.augment)
 
-    network = _network_flags(
-        parser,
-        defaults.archs,
-        {
-            "arch": defaults.arch,
-            "depth": defaults.depth,
-            "block_name": "BasicBlock",
-            "widen_factor": defaults.widen_factor,
-            "drop": 0.0,
-        },
-    )
-    _choice(
-        network, "--activation", choices=ACTIVATIONS, default="relu", help="activation function"
-    )
-    _choice(
-        network,
-        "--norm_layer",
-        choices=NORM_LAYERS,
-        default="batch",
-        help="normalisation layer of resnet and wrn",
-    )
+    network = _Group(parser, "network")
+    own = {"block_name": "BasicBlock", "drop": 0.0}
+    _add_network_flags(network, defaults.archs, {**vars(defaults), **own})
+    network.choice("--activation", ACTIVATIONS, "relu", "activation function")
+    network.choice("--norm_layer", NORM_LAYERS, "batch", "normalisation layer of resnet and wrn")
 
-    optimisation = parser.add_argument_group("optimisation")
-    _flag(
-        optimisation,
-        "--epochs",
-        type=positive_int,
-        metavar="N",
-        default=defaults.epochs,
-        help="passes over the training set",
-    )
-    _flag(
-        optimisation,
-        "--start_epoch",
-        type=non_negative_int,
-        metavar="N",
-        default=0,
-        help="epochs to leave out at the start; --resume sets it itself",
-    )
-    _flag(
-        optimisation,
-        "--train_batch",
-        type=integer(1, 2**20),
-        metavar="SAMPLES",
-        default=128,
-        help="batch size in training, over all processes",
-    )
-    _flag(
-        optimisation,
-        "--test_batch",
-        type=integer(1, 2**20),
-        metavar="SAMPLES",
-        default=128,
-        help="batch size in evaluation",
-    )
-    _choice(
-        optimisation,
-        "--optimizer_type",
-        choices=OPTIMIZERS,
-        default="SGD",
-        help="optimizer; Adam ignores --momentum",
-    )
-    _flag(
-        optimisation,
-        "--lr",
-        "--learning_rate",
-        type=positive_float,
-        metavar="RATE",
-        default=defaults.lr,
-        help="learning rate: the first one of step, the peak of cosine and onecycle",
-    )
-    _choice(
-        optimisation,
-        "--lr_schedule",
-        choices=LR_SCHEDULES,
-        default="step",
-        help="course of the learning rate; step uses --schedule and --gamma",
-    )
-    _flag(
-        optimisation,
-        "--schedule",
-        type=positive_int,
-        nargs="+",
-        metavar="EPOCH",
-        default=list(defaults.schedule),
-        help="epochs after which the learning rate is multiplied by --gamma",
-    )
-    _flag(
-        optimisation,
-        "--gamma",
-        type=number(0, 1, open_low=True),
-        metavar="FACTOR",
-        default=0.1,
-        help="factor of the learning rate at each --schedule epoch",
-    )
-    _flag(
-        optimisation,
-        "--momentum",
-        type=fraction,
-        metavar="SHARE",
-        default=0.9,
-        help="momentum of SGD",
-    )
-    _flag(
-        optimisation,
-        "--weight_decay",
-        "--wd",
-        type=non_negative_float,
-        metavar="RATE",
-        default=defaults.weight_decay,
-        help="weight decay (L2 penalty on the weights)",
-    )
-    _flag(
-        optimisation,
-        "--ema",
-        type=fraction,
-        metavar="DECAY",
-        default=0.0,
-        help="decay per step of the averaged weights that are evaluated and saved as best; 0 = off",
-    )
-    _flag(optimisation, "--amp", action="store_true", help="bfloat16 autocast where it is safe")
+    _add_optimisation_flags(_Group(parser, "optimisation"), defaults)
+    _add_defense_flags(_Group(parser, "defense"), defaults)
 
-    method = parser.add_argument_group("defense")
-    _choice(
-        method,
-        "--defense",
-        choices=DEFENSES,
-        default="lfr",
-        help="lfr; for comparison igr (input-gradient regularisation: LFR with 0 steps), "
-        "at (PGD adversarial training), trades, none",
-    )
-    _ball_flags(method, defaults.epsilon)
-    _flag(
-        method,
-        "--num_steps",
-        type=integer(0, 100_000),
-        metavar="N",
-        default=defaults.num_steps,
-        help=f"steps of the search for the sharpest point; 0 = the image itself "
-        f"(default: %(default)s, --search fast {defaults.fast_num_steps})",
-    )
-    _flag(
-        method,
-        "--step_size",
-        type=pixel,
-        metavar="LENGTH",
-        default=defaults.step_size,
-        help=f"length of a step, in units of pixel intensity; 2/255 works "
-        f"(default: %(default)s, --search fast {defaults.fast_step_size:g} at the default epsilon)",
-    )
-    _choice(
-        method,
-        "--search",
-        choices=SEARCHES,
-        default="paper",
-        help="paper: second-order ascent in small steps; fast: the same flatness in fewer passes",
-    )
-    _flag(
-        method,
-        "--lambada",
-        "--lambda",
-        type=non_negative_float,
-        metavar="WEIGHT",
-        default=defaults.lambada,
-        help="weight of the flatness in the loss; plays the role of epsilon "
-        "(loss <= natural loss + epsilon x flatness)",
-    )
-    _flag(
-        method,
-        "--warmup",
-        type=non_negative_float,
-        metavar="EPOCHS",
-        default=0.0,
-        help="epochs over which lambada rises linearly from 0",
-    )
-    _flag(
-        method,
-        "--beta",
-        type=non_negative_float,
-        metavar="WEIGHT",
-        default=6.0,
-        help="weight of the robust term of trades",
-    )
-    _choice(
-        method,
-        "--bn_mode",
-        choices=BN_MODES,
-        default=defaults.bn_mode,
-        help="which statistics BatchNorm uses in natural loss, search and penalty; "
-        "mixed is the original's, see docs/failure_case.md",
-    )
+    watch = _Group(parser, "watching")
+    watch.value("--probe_size", non_negative_int, "SAMPLES", 500,
+        "held-out and test samples attacked by a short PGD after each epoch; 0 = no probe")
+    watch.value("--probe_steps", integer(0, 100_000), "N", 10, "steps of that PGD; 0 = no probe")
+    watch.value("--image_interval", non_negative_int, "EPOCHS", 5,
+        "epochs between image grids in TensorBoard; 0 = none")
+    _add_run_flags(_Group(parser, "run"), defaults)
 
-    watch = parser.add_argument_group("watching")
-    _flag(
-        watch,
-        "--probe_size",
-        type=non_negative_int,
-        metavar="SAMPLES",
-        default=500,
-        help="held-out and test samples attacked by a short PGD after each epoch",
-    )
-    _flag(
-        watch,
-        "--probe_steps",
-        type=integer(0, 100_000),
-        metavar="N",
-        default=10,
-        help="steps of that PGD; 0 = no probe",
-    )
-    _flag(
-        watch,
-        "--image_interval",
-        type=non_negative_int,
-        metavar="EPOCHS",
-        default=5,
-        help="epochs between image grids in TensorBoard; 0 = none",
-    )
 
-    run = parser.add_argument_group("run")
-    _flag(
-        run,
-        "--save_dir",
-        type=path,
-        metavar="DIR",
-        default=".",
-        help="the run folder is made below it, named after dataset, network and hyper-parameters",
-    )
-    _flag(
-        run,
-        "-c",
-        "--checkpoint",
-        type=path,
-        metavar="DIR",
-        default=".",
-        help="use this very run folder; . = one below --save_dir",
-    )
-    _flag(
-        run,
-        "--resume",
-        type=path,
-        metavar="PATH",
-        default="",
-        help="checkpoint (or run folder) to go on from, with the same flags",
-    )
-    _flag(run, "--overwrite", action="store_true", help="start again in a folder that holds a run")
-    _flag(
-        run,
-        "--ckpt_interval",
-        type=non_negative_int,
-        metavar="EPOCHS",
-        default=defaults.ckpt_interval,
-        help="epochs between the kept epochN.pth.tar; 0 = none",
-    )
-    _flag(
-        run,
-        "--save_minutes",
-        type=non_negative_float,
-        metavar="MINUTES",
-        default=10.0,
-        help="minutes between checkpoints within an epoch; 0 = at the end of epochs only",
-    )
-    _flag(
-        run,
-        "-e",
-        "--evaluate",
-        action="store_true",
-        help="evaluate the checkpoint of --resume and leave",
-    )
-    _flag(
-        run,
-        "--manualSeed",
-        "--manual_seed",
-        type=integer(0, _LARGEST_SEED),
-        metavar="SEED",
-        default=1000,
-        help="seed of weights, order, augmentation and search",
-    )
-    _flag(
-        run,
-        "--max_steps",
-        type=non_negative_int,
-        metavar="N",
-        default=0,
-        help="stop each epoch after N steps; 0 = whole epochs",
-    )
-    _flag(
-        run,
-        "--dry_run",
-        action="store_true",
-        help="one batch of every part, the run folder written, then leave",
-    )
-    _device_flags(run)
+def _add_optimisation_flags(group: _Group, defaults: TrainingDefaults) -> None:
+    batch = integer(1, 2**20)
+    group.value("--epochs", positive_int, "N", defaults.epochs, "passes over the training set")
+    group.value("--start_epoch", non_negative_int, "N", 0,
+        "epochs to leave out at the start; --resume sets it itself")
+    group.value("--train_batch", batch, "SAMPLES", 128,
+        "batch size in training, over all processes")
+    group.value("--test_batch", batch, "SAMPLES", 128, "batch size in evaluation")
+    group.choice("--optimizer_type", OPTIMIZERS, "SGD", "optimizer; Adam ignores --momentum")
+    group.value("--lr --learning_rate", positive_float, "RATE", defaults.lr,
+        "learning rate: the first one of step, the peak of cosine and onecycle")
+    group.choice("--lr_schedule", LR_SCHEDULES, "step",
+        "course of the learning rate; step uses --schedule and --gamma")
+    group.value("--schedule", positive_int, "EPOCH", list(defaults.schedule),
+        "epochs after which the learning rate is multiplied by --gamma", nargs="+")
+    group.value("--gamma", number(0, 1, open_low=True), "FACTOR", 0.1,
+        "factor of the learning rate at each --schedule epoch")
+    group.value("--momentum", fraction, "SHARE", 0.9, "momentum of SGD")
+    group.value("--weight_decay --wd", non_negative_float, "RATE", defaults.weight_decay,
+        "weight decay (L2 penalty on the weights)")
+    group.value("--ema", fraction, "DECAY", 0.0,
+        "decay per step of the averaged weights that are evaluated and saved as best; 0 = off")
+    group.switch("--amp", "bfloat16 autocast where it is safe")
+
+
+def _add_defense_flags(group: _Group, defaults: TrainingDefaults) -> None:
+    group.choice("--defense", DEFENSES, "lfr",
+        "lfr; for comparison igr (input-gradient regularisation: LFR with 0 steps), "
+        "at (PGD adversarial training), trades, none")
+    _add_ball_flags(group, defaults.epsilon)
+    group.value("--num_steps", integer(0, 100_000), "N", defaults.num_steps,
+        "steps of the search for the sharpest point; 0 = the image itself "
+        f"(default: %(default)s, --search fast {defaults.fast_num_steps})")
+    group.value("--step_size", pixel, "LENGTH", defaults.step_size,
+        "length of a step, in units of pixel intensity; 2/255 works "
+        f"(default: %(default)s, --search fast {defaults.fast_step_size:g} at the default epsilon)")
+    group.choice("--search", SEARCHES, "paper",
+        "paper: second-order ascent in small steps; fast: the same flatness in fewer passes")
+    group.value("--lambada --lambda", non_negative_float, "WEIGHT", defaults.lambada,
+        "weight of the flatness in the loss; plays the role of epsilon "
+        "(loss nearby <= natural loss + epsilon x flatness)")
+    group.value("--warmup", non_negative_float, "EPOCHS", 0.0,
+        "epochs over which lambada rises linearly from 0")
+    group.value("--beta", non_negative_float, "WEIGHT", 6.0, "weight of the robust term of trades")
+    group.choice("--bn_mode", BN_MODES, defaults.bn_mode,
+        "which statistics BatchNorm uses in natural loss, search and penalty; "
+        "mixed is the original's, see docs/failure_case.md")
+
+
+def _add_run_flags(group: _Group, defaults: TrainingDefaults) -> None:
+    group.value("--save_dir", path, "DIR", ".",
+        "the run folder is made below it, named after dataset, network and hyper-parameters")
+    group.value("-c --checkpoint", path, "DIR", ".",
+        "use this very run folder; . = one below --save_dir")
+    group.value("--resume", path, "PATH", "",
+        "checkpoint (or run folder) to go on from, with the same flags")
+    group.switch("--overwrite", "start again in a folder that holds a run")
+    group.value("--ckpt_interval", non_negative_int, "EPOCHS", defaults.ckpt_interval,
+        "epochs between the kept epochN.pth.tar; 0 = none")
+    group.value("--save_minutes", non_negative_float, "MINUTES", 10.0,
+        "minutes between checkpoints within an epoch; 0 = at the end of epochs only")
+    group.switch("-e --evaluate", "evaluate the checkpoint of --resume and leave")
+    group.value("--manualSeed --manual_seed", integer(0, _LARGEST_SEED), "SEED", 1000,
+        "seed of weights, order, augmentation and search")
+    group.value("--max_steps", non_negative_int, "N", 0,
+        "stop each epoch after N steps; 0 = whole epochs")
+    group.switch("--dry_run", "one batch of every part, the run folder written, then leave")
+    _add_device_flags(group)
+# fmt: on
 
 
 def parse_training(
@@ -855,7 +592,10 @@ def _check_network(args: argparse.Namespace) -> None:
 def _merge(
     parser: Parser, defaults: TrainingDefaults | EvaluationDefaults, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, frozenset[str]]:
-    """All flags, what is given before ``defaults.when`` before the parser's defaults; and the given."""
+    """All flags, and the names of those that were given.
+
+    What is given goes before ``defaults.when``, and that before the parser's defaults.
+    """
     given = parser.parse_given(sys.argv[1:] if argv is None else argv)
     values = {**parser.defaults(), **given}
     for (flag, value), others in defaults.when.items():
@@ -869,123 +609,43 @@ def _merge(
 # ---------------------------------------------------------------------------------------------
 
 
+# fmt: off
 def add_evaluation_options(parser: Parser, defaults: EvaluationDefaults) -> None:
     """Add every flag of an evaluation script to ``parser``."""
-    what = parser.add_argument_group("what is evaluated")
-    _flag(
-        what,
-        "--model_path",
-        type=path,
-        metavar="FILE",
-        required=True,
-        help="checkpoint, of this repository or of the original implementation",
-    )
-    _choice(
-        what, "-d", "--dataset", choices=defaults.datasets, default=defaults.dataset, help="dataset"
-    )
-    _flag(
-        what,
-        "--data_dir",
-        type=path,
-        metavar="DIR",
-        default="./data",
-        help="where the data are or are downloaded to; also an image folder {train,test}/<class>/*",
-    )
-    _flag(
-        what,
-        "--num_examples",
-        type=positive_int,
-        metavar="SAMPLES",
-        help="attack the first N test images only (default: all)",
-    )
-    _flag(
-        what,
-        "-j",
-        "--workers",
-        type=integer(0, 256),
-        metavar="THREADS",
-        default=4,
-        help="threads that decode an image folder",
-    )
+    what = _Group(parser, "what is evaluated")
+    what.value("--model_path", path, "FILE", None,
+        "checkpoint, of this repository or of the original implementation",
+        required=True)
+    _add_data_flags(what, defaults.datasets, defaults.dataset)
+    what.value("--num_examples", positive_int, "SAMPLES", None,
+        "attack the first N test images only (default: all)")
 
-    attack = parser.add_argument_group("attack")
-    _flag(
-        attack,
-        "--attack_method",
-        type=one_of(ATTACKS, ["all"]),
-        nargs="+",
-        metavar="NAME",
-        default=["PGD"],
-        help=f"one or more of {', '.join(ATTACKS)}, or all, in any case (default: PGD)",
-    )
-    _ball_flags(attack, defaults.epsilon)
-    _flag(
-        attack,
-        "--num_steps",
-        type=integer(0, 100_000),
-        metavar="N",
-        help="steps of the attack (default: each attack's own)",
-    )
-    _flag(
-        attack,
-        "--step_size",
-        type=pixel,
-        metavar="LENGTH",
-        help="length of a step, in units of pixel intensity; 2/255 works "
-        "(default: each attack's own)",
-    )
-    _flag(
-        attack,
-        "--restarts",
-        type=integer(1, 10_000),
-        metavar="N",
-        default=1,
-        help="random starts per image of PGD and MPGD",
-    )
-    _flag(
-        attack,
-        "--seed",
-        "--manualSeed",
-        type=integer(0, _LARGEST_SEED),
-        metavar="SEED",
-        default=0,
-        help="seed of the attacks' random choices",
-    )
-    _flag(
-        attack,
-        "--sanity",
-        action="store_true",
-        help="also look for signs of masked gradients and print the verdicts",
-    )
-    _flag(
-        attack,
-        "--transfer_from",
-        type=path,
-        metavar="FILE",
-        default="",
-        help="checkpoint of a network whose adversarial examples are tried on this one",
-    )
+    attack = _Group(parser, "attack")
+    attack.value("--attack_method", one_of(ATTACKS, ["all"]), "NAME", ["PGD"],
+        f"one or more of {', '.join(ATTACKS)}, or all, in any case (default: PGD)",
+        nargs="+")
+    _add_ball_flags(attack, defaults.epsilon)
+    attack.value("--num_steps", integer(0, 100_000), "N", None,
+        "steps of the attack (default: each attack's own)")
+    attack.value("--step_size", pixel, "LENGTH", None,
+        "length of a step, in units of pixel intensity; 2/255 works (default: each attack's own)")
+    attack.value("--restarts", integer(1, 10_000), "N", 1,
+        "random starts per image of PGD and MPGD")
+    attack.value("--seed --manualSeed", integer(0, _LARGEST_SEED), "SEED", 0,
+        "seed of the attacks' random choices")
+    attack.switch("--sanity", "also look for signs of masked gradients and print the verdicts")
+    attack.value("--transfer_from", path, "FILE", "",
+        "checkpoint of a network whose adversarial examples are tried on this one")
 
-    _network_flags(parser, defaults.archs, {})
+    network = _Group(parser, "network, where the checkpoint does not say")
+    _add_network_flags(network, defaults.archs, {})
 
-    run = parser.add_argument_group("run")
-    _flag(
-        run,
-        "--test_batch",
-        type=integer(1, 2**20),
-        metavar="SAMPLES",
-        default=200,
-        help="batch size; the result does not depend on it",
-    )
-    _flag(
-        run,
-        "--output",
-        type=path,
-        metavar="FILE",
-        default="",
-        help="write the results to this JSON file",
-    )
-    _device_flags(run)
+    run = _Group(parser, "run")
+    run.value("--test_batch", integer(1, 2**20), "SAMPLES", 200,
+        "batch size; the result does not depend on it")
+    run.value("--output", path, "FILE", "", "write the results to this JSON file")
+    _add_device_flags(run)
+# fmt: on
 
 
 def parse_evaluation(

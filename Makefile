@@ -1,0 +1,67 @@
+# Everything runs in its own virtual environment, made on first use.
+#   make demo    train on 1,797 digits with LFR and without, attack both (no download, minutes)
+#   make test    the tests
+#   make help    the rest
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The stamps say what is installed: a target installs what it needs once, and again when the list
+# of requirements changes.
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv install demo test lint format torture benchmark reproduce-mnist reproduce-cifar clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+venv: $(BIN)/python  ## an empty virtual environment in VENV (.venv)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: $(PYTHON) is older than Python 3.10; try make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+install: $(RUN)  ## what training and evaluation need
+
+$(RUN): requirements.txt | $(BIN)/python
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUN)
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+demo: $(RUN)  ## LFR on digits against the same network without it: train, attack, table
+	$(BIN)/python tools/demo.py
+
+test: $(DEV)  ## the tests; make test ARGS='tests/test_lfr.py -x' for some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)  ## ruff's checks and its format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV)  ## put the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+torture: $(DEV)  ## kill, corrupt and starve runs; minutes
+	$(BIN)/python tools/torture.py $(ARGS)
+
+benchmark: $(RUN)  ## the search and the training step against a plain implementation
+	$(BIN)/python -m benchmarks.benchmark $(ARGS)
+
+reproduce-mnist: $(RUN)  ## train and evaluate the MNIST model of the README
+	$(BIN)/python tools/reproduce.py mnist $(ARGS)
+
+reproduce-cifar: $(RUN)  ## train and evaluate the CIFAR-10 model of the README
+	$(BIN)/python tools/reproduce.py cifar $(ARGS)
+
+clean:  ## remove the virtual environment and caches; runs and data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
