@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import io
 import os
+import queue
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -197,23 +200,23 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
         padding: zeros added on every side before an H x W window is cut out, in pixels.
 
     Returns:
-        [N, C, H, W], the same dtype.
+        [N, C, H, W], the same dtype, channels_last.
     """
-    count, _, height, width = images.shape
-    draw = torch.randint(
-        0, 2 * padding + 1, (2, count), generator=generator, device=generator.device
-    )
+    count, channels, height, width = images.shape
+    sides = 2 * padding + 1
+    offsets = torch.randint(0, sides, (2, count), generator=generator, device=generator.device)
     mirror = torch.rand(count, generator=generator, device=generator.device) < 0.5
-    top, left = draw.to(images.device)
+    top, left = offsets.to(images.device)
     mirror = mirror.to(images.device)
-    padded = F.pad(images, (padding, padding, padding, padding))
-    rows = top[:, None] + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device).expand(count, width)
-    columns = torch.where(mirror[:, None], width - 1 - columns, columns) + left[:, None]
-    # One gather from the flattened pixels: [N, C, (H + 2p)(W + 2p)] at [N, 1, H * W].
-    pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).flatten(1)
-    pixels = pixels[:, None].expand(-1, images.shape[1], -1)
-    return padded.flatten(2).gather(2, pixels).view_as(images)
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *[padding] * 4)).contiguous()
+    # All windows of all images at once, as a view: [N, top, left, H, W, C].
+    sample, row, pixel, _ = padded.stride()
+    windows = padded.as_strided(
+        (count, sides, sides, height, width, channels), (sample, row, pixel, row, pixel, 1)
+    )
+    cropped = windows[torch.arange(count, device=images.device), top, left]
+    cropped[mirror] = cropped[mirror].flip(2)
+    return cropped.permute(0, 3, 1, 2)
 
 
 class Batches:
@@ -259,7 +262,11 @@ class Batches:
             raise ValueError(f"rank {rank} of {world_size} processes")
         if batch_size < world_size:
             raise UserError(f"batch size {batch_size} is less than the {world_size} processes")
-        self.imageset = imageset.to(device) if device is not None else imageset
+        if device is not None:
+            imageset = imageset.to(device)
+        # Channels last in memory, as the batches: gathering them is then copying whole rows.
+        pixels = imageset.images.contiguous(memory_format=torch.channels_last)
+        self.imageset = replace(imageset, images=pixels)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augment = augment
@@ -345,19 +352,26 @@ class Batches:
                 index = order[first:last]
             else:
                 index = torch.arange(first, last, device=device)
-            images = None
-            if self.augment:
-                # Drawn for the whole global batch: a rank's slice does not depend on their number.
-                generator = _generator("augment", self.seed, epoch, batch)
-                images = random_crop_flip(self.imageset.images[index], generator)
             share = slice(
                 self.rank * (last - first) // self.world_size,
                 (self.rank + 1) * (last - first) // self.world_size,
             )
-            index = index[share]
-            images = self.imageset.images[index] if images is None else images[share]
+            if self.augment:
+                # Drawn for the whole global batch: a rank's slice does not depend on their number.
+                generator = _generator("augment", self.seed, epoch, batch)
+                images = random_crop_flip(self._gather(index), generator)[share]
+                index = index[share]
+            else:
+                index = index[share]
+                images = self._gather(index)
             x = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
             yield x, self.imageset.labels[index], index
+
+    def _gather(self, index: Tensor) -> Tensor:
+        """The pixels at ``index``, uint8 [n, C, H, W], channels_last."""
+        pixels = self.imageset.images.permute(0, 2, 3, 1)
+        rows = pixels.flatten(1).index_select(0, index)
+        return rows.view(-1, *pixels.shape[1:]).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -744,37 +758,44 @@ def _download(name: str, root: Path, source: Callable[..., Any], part: dict[str,
         "cifar100": "cifar-100-python.tar.gz",
     }[name]
     advice = f"put {root}/{by_hand} there by hand, or take --dataset digits, which needs no files"
+    with _download_lock(name, root, advice):
+        failure = "" if _files_by_hand(name, root) else _unreachable(urls)
+        if not failure:
+            previous = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(20)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    return source(root, **part, download=True)
+            except Exception as error:  # network, disk, archive: every kind is a failed download
+                failure = " ".join(str(error).split()) or type(error).__name__
+            finally:
+                socket.setdefaulttimeout(previous)
+    raise UserError(
+        f"--dataset {name}: not in {root}, and the download failed (tried {', '.join(urls)}: "
+        f"{failure}); {advice}"
+    )
+
+
+@contextlib.contextmanager
+def _download_lock(name: str, root: Path, advice: str) -> Iterator[None]:
+    """Processes of one run must not write the same files at once; the later ones find them."""
+    path = root / ".download.lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".download.lock", "w")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UserError(
             f"--dataset {name}: not in {root}, and cannot be downloaded to there "
             f"({error.strerror}); {advice}"
         ) from None
-    # Processes of one run must not write the same files at once; the later ones find them done.
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _files_by_hand(name, root):
-            failure = _unreachable(urls)
-            if failure:
-                raise UserError(
-                    f"--dataset {name}: not in {root}, and the download failed "
-                    f"(tried {', '.join(urls)}: {failure}); {advice}"
-                )
-        previous = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                return source(root, **part, download=True)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"--dataset {name}: not in {root}, and the download failed (tried "
-                f"{', '.join(urls)}: {reason}); {advice}"
-            ) from None
-        finally:
-            socket.setdefaulttimeout(previous)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
 
 
 def _files_by_hand(name: str, root: Path) -> bool:
@@ -803,28 +824,29 @@ def _unreachable(urls: list[str], seconds: float = 8) -> str:
     torchvision tries each mirror several times and each address of a host in turn, which may take
     minutes where packets vanish; this asks all at once, with one deadline for name look-up too.
     """
-    done, reasons = threading.Event(), []
+    answers: queue.Queue[str] = queue.Queue()
 
     def ask(url: str) -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError:
-            pass  # it answered
-        except Exception as error:
-            reasons.append(" ".join(str(getattr(error, "reason", error)).split()))
-            if len(reasons) < len(urls):
-                return
-            done.set()
-            return
-        reasons.clear()
-        answered.set()
-        done.set()
+            answers.put("")  # it refuses to say, but there it is
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", error))
+            answers.put(" ".join(reason.split()) or type(error).__name__)
+        else:
+            answers.put("")
 
-    answered = threading.Event()
     for url in urls:
         threading.Thread(target=ask, args=(url,), daemon=True).start()
-    done.wait(seconds)
-    if answered.is_set():
-        return ""
-    return reasons[0] if reasons else f"no answer within {seconds:.0f} s"
+    deadline, failure = time.monotonic() + seconds, ""
+    for _ in urls:
+        try:
+            answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return failure or f"no answer within {seconds:.0f} s"
+        if not answer:
+            return ""
+        failure = failure or answer
+    return failure

@@ -124,8 +124,11 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         UserError: it cannot be read.
     """
     try:
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
@@ -438,9 +441,7 @@ def load_network(
     found = dict(stored or {})
     for key, value in asked.items():
         if key != "drop" and key in found and found[key] != value:
-            raise UserError(
-                f"{path}: holds {describe_arch(found)}, asked was {describe_arch(asked)}"
-            )
+            raise UserError(f"{path}: {_contrast(found, asked)}")
     arch = {**found, **asked}
     with torch.device("meta"):  # takes no memory and draws no random numbers
         try:
@@ -479,7 +480,7 @@ def check_fits(
     inferred = inferred if inferred is not None else infer_arch(state)
     asked = getattr(network, "arch", {})
     if inferred is not None and any(asked.get(key) != value for key, value in inferred.items()):
-        holds = f"holds {describe_arch(inferred)}, asked was {describe_arch(asked)}: "
+        holds = _contrast(inferred, asked) + ": "
     if different:
         name = different[0]
         raise UserError(
@@ -498,12 +499,21 @@ def check_fits(
             raise UserError(f"{path}: {shown(name)} has numbers of type {state[name].dtype}")
 
 
-def describe_arch(arch: Mapping[str, Any]) -> str:
-    """``resnet (depth 20, num_classes 10)`` for messages."""
-    options = ", ".join(
-        f"{shown(key)} {shown(value)}" for key, value in arch.items() if key != "name"
-    )
-    return f"{shown(arch.get('name', 'a network'))} ({options})" if options else str(arch["name"])
+def _contrast(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """``holds resnet (depth 20), asked was resnet (depth 32)``: the options that differ."""
+
+    def describe(arch: Mapping[str, Any], keys: Sequence[str]) -> str:
+        options = ", ".join(f"{shown(key)} {shown(arch[key])}" for key in keys if key in arch)
+        name = shown(arch.get("name", "a network"))
+        return f"{name} ({options})" if options else name
+
+    differing = [
+        key for key in asked if key in found and asked[key] != found[key] and key != "name"
+    ]
+    if asked.get("name", found.get("name")) != found.get("name"):
+        differing = []  # options of different networks say nothing about each other
+    asked = {"name": found.get("name"), **asked}
+    return f"holds {describe(found, differing)}, asked was {describe(asked, differing)}"
 
 
 def restore_network(
