@@ -66,6 +66,9 @@ _FORMATS = {
 _MAX_FILE_BYTES = 64 << 20
 _MAX_TOTAL_BYTES = 64 << 30
 
+# Seconds that a server may take to answer before a download counts as failed.
+_PATIENCE = 8
+
 
 # ---------------------------------------------------------------------------------------------
 # Images and labels
@@ -683,11 +686,7 @@ def _channels(image: Any, label: str) -> int:
     """1 for a grey image, 3 for a colour one."""
     if image.mode in ("1", "L"):
         return 1
-    if image.mode == "P":
-        image.load()
-        palette = image.convert("RGB").getcolors(256)
-        return 1 if palette and all(r == g == b for _, (r, g, b) in palette) else 3
-    if image.mode in ("RGB", "CMYK", "YCbCr"):
+    if image.mode in ("RGB", "P", "CMYK", "YCbCr"):
         return 3
     if image.mode in ("LA", "RGBA"):
         if image.getchannel("A").getextrema() != (255, 255):
@@ -818,12 +817,13 @@ def _addresses(name: str, source: Any, part: dict[str, Any]) -> list[str]:
     return [source.url]
 
 
-def _unreachable(urls: list[str], seconds: float = 8) -> str:
+def _unreachable(urls: list[str]) -> str:
     """Why none of the addresses answers, or an empty string if one does.
 
     torchvision tries each mirror several times and each address of a host in turn, which may take
     minutes where packets vanish; this asks all at once, with one deadline for name look-up too.
     """
+    seconds = _PATIENCE
     answers: queue.Queue[str] = queue.Queue()
 
     def ask(url: str) -> None:
