@@ -581,11 +581,11 @@ def _check_network(args: argparse.Namespace) -> None:
     bottleneck = args.block_name == "Bottleneck"
     period, rest = {"resnet": (9 if bottleneck else 6, 2), "wrn": (6, 4)}.get(args.arch, (1, 0))
     if args.depth % period != rest % period or args.depth < period + rest:
-        examples = ", ".join(str(period * n + rest) for n in (1, 2, 3, 6, 9))
+        below = max(1, (args.depth - rest) // period) * period + rest
         block = f" of {args.block_name}" if args.arch == "resnet" else ""
         raise UserError(
             f"--depth {args.depth} does not suit {args.arch}{block}, "
-            f"allowed is {period}n+{rest}: {examples}, ..."
+            f"allowed is {period}n+{rest}; the nearest are {below} and {below + period}"
         )
 
 
