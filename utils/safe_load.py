@@ -366,7 +366,7 @@ def read_regular_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES)
         raise Refused((error.strerror or str(error)).lower()) from None
     except ValueError:  # a null byte in the name
         raise Refused("no such file") from None
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise Refused("a directory, not a checkpoint file")
@@ -374,10 +374,12 @@ def read_regular_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES)
             raise Refused("not a regular file")
         if status.st_size > limit:
             raise Refused(f"{status.st_size} bytes, more than the {limit >> 20} MB allowed")
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             raw = file.read(limit + 1)
-        except OSError as error:
-            raise Refused((error.strerror or str(error)).lower()) from None
+    except OSError as error:
+        raise Refused((error.strerror or str(error)).lower()) from None
+    finally:
+        os.close(descriptor)
     if not raw:
         raise Refused("an empty file")
     if len(raw) > limit:
@@ -426,13 +428,9 @@ def load_plain(path: str | os.PathLike[str]) -> dict[Any, Any]:
         UserError: one line, which file and what is wrong with it.
     """
     try:
-        stream = verified(read_regular_file(path))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                loaded = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise Refused(f"damaged ({shown(str(error).strip().splitlines()[0])})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a damaged file makes the libraries wonder about
+            loaded = _loaded(verified(read_regular_file(path)))
         plain = _plain(loaded, {}, 0)
         if not isinstance(plain, dict):
             raise Refused("a checkpoint is a dict with 'state_dict'")
@@ -441,6 +439,14 @@ def load_plain(path: str | os.PathLike[str]) -> dict[Any, Any]:
         raise UserError(f"{Path(path)}: {refused}") from None
     except MemoryError:
         raise UserError(f"{Path(path)}: not enough memory to load it") from None
+
+
+def _loaded(stream: BinaryIO) -> Any:
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # it promises no kind of error for a bad file
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Refused(f"damaged ({shown(reason)})") from None
 
 
 def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
