@@ -2,14 +2,21 @@
 
 A resumed run goes on in the same folder. Before it does, everything that the killed run had written
 from the resumed step on is cut out of the old event files, so that no step shows twice.
+
+The events are PyTorch's (`torch.utils.tensorboard.summary`); its SummaryWriter is not used, as it
+writes from a thread of its own, which loses what is queued when the process is killed and prints a
+traceback when the disk is full. Here an event is in the file when the call returns.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +24,13 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 
 from utils.errors import UserError
+from utils.runs import write_atomic
 
 #: Short names of what is logged once an epoch -> tag.
 EPOCH_TAGS = {
@@ -87,15 +97,17 @@ class Board:
     def __init__(
         self, log_dir: str | Path | None, next_epoch: int = 0, next_iteration: int = 0
     ) -> None:
-        self._writer: SummaryWriter | None = None
         self._log_dir = Path(log_dir) if log_dir is not None else None
+        self._file: io.FileIO | None = None
         if self._log_dir is None:
             return
-        described = self._guard(_cut, self._log_dir, next_epoch, next_iteration)
-        self._writer = self._guard(SummaryWriter, str(self._log_dir))
-        self._described = described
-        if not described:
-            self._guard(self._writer.add_custom_scalars, LAYOUT)
+        with self._one_line():
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            self._described = _cut(self._log_dir, next_epoch, next_iteration)
+            self._file = open(_new_name(self._log_dir), "xb", buffering=0)  # noqa: SIM115
+        self._write(Event(file_version="brain.Event:2"))
+        if not self._described:
+            self._add(summary.custom_scalars(LAYOUT), 0)
 
     def epoch(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log what is known after an epoch.
@@ -118,11 +130,11 @@ class Board:
 
     def describe(self, command: str, arguments: Mapping[str, Any]) -> None:
         """Show the command and the arguments as a text card; a resumed run keeps its first one."""
-        if self._writer is None or self._described:
+        if self._file is None or self._described:
             return
         rows = "\n".join(f"| {_cell(name)} | {_cell(arguments[name])} |" for name in arguments)
         text = f"    {' '.join(command.split())}\n\n| argument | value |\n| --- | --- |\n{rows}"
-        self._guard(self._writer.add_text, f"{_CARD}/command", text, 0)
+        self._add(summary.text(f"{_CARD}/command", text), 0)
 
     def images(
         self,
@@ -142,44 +154,62 @@ class Board:
             labels: [N], true classes.
             classes: names of the classes.
         """
-        if self._writer is None:
-            return
-        picture = draw_grid(clean, sharpest, predictions, labels, classes)
-        self._guard(
-            self._writer.add_image, "Images/sharpest_point", picture, step, dataformats="HWC"
-        )
+        if self._file is not None:
+            picture = draw_grid(clean, sharpest, predictions, labels, classes)
+            tag = "Images/sharpest_point"
+            self._add(summary.image(tag, picture, dataformats="HWC"), step)
 
     def flush(self) -> None:
-        """Have everything logged so far on disk; call it before a checkpoint is saved.
+        """Have everything logged so far on the disk itself; call it before a checkpoint is saved.
 
-        A resumed run cuts what is logged after its checkpoint and cannot bring back what is missing
-        before it.
+        A resumed run cuts what was logged after its checkpoint and cannot bring back what is
+        missing before it.
         """
-        if self._writer is not None:
-            self._guard(self._writer.flush)
+        if self._file is not None:
+            with self._one_line():
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is pending and close the file."""
-        if self._writer is not None:
-            self._guard(self._writer.close)
-            self._writer = None
+        """Close the file; nothing is logged from here on."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _scalars(
         self, step: int, values: Mapping[str, float | None], tags: Mapping[str, str]
     ) -> None:
         of_steps = tags is ITERATION_TAGS
+        found = Summary()
         for name, value in values.items():
             tag = name if "/" in name else tags.get(name)
             if tag is None or tag.startswith(_ITERATION_PREFIX) is not of_steps:
                 raise ValueError(f"no tag {name!r}; known names are {', '.join(tags)}")
-            if self._writer is not None and value is not None:
-                self._guard(self._writer.add_scalar, tag, float(value), step)
+            if value is not None:
+                found.MergeFrom(summary.scalar(tag, float(value)))
+        if found.value:
+            self._add(found, step)
 
-    def _guard(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call; a file that cannot be written becomes the user's one line."""
+    def _add(self, values: Summary, step: int) -> None:
+        self._write(Event(step=step, summary=values))
+
+    def _write(self, event: Event) -> None:
+        if self._file is None:
+            return
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        rest = record.getbuffer()
+        with self._one_line():
+            while rest:  # an unbuffered write may take a part only
+                rest = rest[self._file.write(rest) :]
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Make of a file that cannot be written the user's one line, and write no more to it."""
         try:
-            return function(*args, **options)
+            yield
         except OSError as error:
+            self.close()
             raise UserError(
                 f"cannot write TensorBoard's events to {self._log_dir}: {error.strerror or error}"
             ) from error
@@ -226,7 +256,6 @@ def _cut(log_dir: Path, next_epoch: int, next_iteration: int) -> bool:
     Each file is replaced as a whole: a kill in the middle leaves files that are cut and files that
     the next resume will cut.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
     described = False
     for path in event_files(log_dir):
         data = path.read_bytes()
@@ -242,7 +271,6 @@ def _cut(log_dir: Path, next_epoch: int, next_iteration: int) -> bool:
             path.unlink()
         elif sum(map(len, kept)) < len(data):
             _replace(path, b"".join(kept))
-    _wait_for_a_later_name(log_dir)
     return described
 
 
@@ -256,31 +284,25 @@ def _is_before(tag: str, step: int, next_epoch: int, next_iteration: int) -> boo
 
 def _replace(path: Path, data: bytes) -> None:
     """Put ``data`` in the place of the file, at once."""
-    # The name must not hold "tfevents": TensorBoard would read the half-written file.
-    temporary = path.with_name(f".cut-{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # By way of a name without "tfevents": TensorBoard would read a half-written file of that name.
+    whole = path.with_name("cut.tmp")
+    write_atomic(whole, data)
+    os.replace(whole, path)
 
 
-def _wait_for_a_later_name(log_dir: Path) -> None:
-    """Wait out the second of the newest file's name.
+def _new_name(log_dir: Path) -> Path:
+    """An event file's name that TensorBoard reads after those that are there.
 
-    Names begin with the second of their start; TensorBoard reads in the order of names and would
-    read two files of one second in the order of their process numbers.
+    Names begin with the second of their making and are read in alphabetical order, files of one
+    second in the order of their process numbers: so the second of the newest file is waited out.
     """
     files = event_files(log_dir)
-    if not files:
-        return
-    stamp = files[-1].name.rpartition("tfevents.")[2].split(".")[0]
+    newest = files[-1].name.rpartition("tfevents.")[2].split(".")[0] if files else ""
     deadline = time.monotonic() + 2  # a clock that was set back is not waited for
-    while stamp.isdigit() and int(stamp) >= int(time.time()) and time.monotonic() < deadline:
+    while newest.isdigit() and int(newest) >= int(time.time()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+    return log_dir / name
 
 
 # ---------------------------------------------------------------------------------------------
