@@ -217,7 +217,7 @@ def test_a_full_disk_ends_in_one_line_and_the_log_can_be_resumed(tmp_path, strai
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300, hard))
-        with pytest.raises(UserError, match="cannot write TensorBoard's events to .*: File too"):
+        with pytest.raises(UserError, match=r"cannot write TensorBoard.s events to .*: File too"):
             log(board, STEPS + 2, 2 * STEPS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
