@@ -1,0 +1,168 @@
+"""What a run runs on: device, processes, seeds, versions, and the signals that stop it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of a run: one, unless ``torchrun`` started several."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """The process that prints and writes."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of ``values`` over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.device.type == "cuda":
+            total = total.to(self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(gpu_id: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """The device for ``--gpu_id`` ("0" or "0,1"), and a line that says which one and why.
+
+    Where there is no CUDA the same command runs on Apple's MPS or on the CPU.
+
+    Raises:
+        UserError: CUDA is there, that GPU is not.
+    """
+    ids = [int(part) for part in gpu_id.split(",")]
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        for chosen in ids:
+            if chosen >= count:
+                allowed = "0" if count == 1 else f"0 to {count - 1}"
+                raise UserError(
+                    f"--gpu_id {gpu_id}: there is no GPU {chosen}, allowed is {allowed}"
+                )
+        chosen = ids[local_rank % len(ids)]
+        torch.cuda.set_device(chosen)
+        return torch.device("cuda", chosen), f"device: cuda:{chosen}"
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), f"device: mps (no CUDA here, --gpu_id {gpu_id} not used)"
+    threads = torch.get_num_threads()
+    return (
+        torch.device("cpu"),
+        f"device: cpu, {threads} threads (no CUDA here, --gpu_id {gpu_id} not used)",
+    )
+
+
+@contextmanager
+def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
+    """Set up device and process group for the duration of a run.
+
+    Args:
+        gpu_id: GPU numbers, see :func:`pick_device`.
+        threads: CPU threads of this process; 0 is PyTorch's choice.
+
+    Raises:
+        UserError: no such GPU; several GPUs named but one process started.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if threads:
+        torch.set_num_threads(threads)
+    count = len(gpu_id.split(","))
+    if torch.cuda.is_available() and count > 1 and size == 1:
+        raise UserError(
+            f"--gpu_id {gpu_id} names {count} GPUs, one process drives one; start "
+            f"torchrun --nproc_per_node={count} {sys.argv[0]} ... with the same flags"
+        )
+    device, line = pick_device(gpu_id, local_rank)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    # oneDNN and MKL are slow on denormal numbers, which vanishing gradients produce in masses.
+    torch.set_flush_denormal(True)
+    here = World(device, rank, size)
+    here.say(line + (f", {size} processes" if size > 1 else ""))
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield here
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch on every device."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (the libraries' global generator is the one to seed)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides its arguments."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a flag that a loop reads between two steps.
+
+    A second signal of the same kind stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])

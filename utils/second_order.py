@@ -1,0 +1,356 @@
+"""Second derivatives at the cost of what they need: the speed of LFR, apart from its mathematics.
+
+`utils/lfr.py` states the method with plain ``torch.autograd.grad``. Run under :class:`Kernels`, the
+same lines cost about half, and the numbers are the same. Nothing in a network has to change: the
+mode sees its calls of convolution, ReLU and BatchNorm and gives them derivatives of their own.
+
+Let z(x) be the logits, J their Jacobian, u = dL/dz and v the sign (or direction) of g = J^T u. Both
+of LFR's second derivatives contain H v, H the Hessian of the loss in x. Where the network is
+piecewise linear in x (ReLU, max-pooling, BatchNorm by given statistics) the curvature sits in the
+loss alone and ``H v = J^T (diag(p) - p p^T) J v`` exactly (Gauss-Newton; Schraudolph 2002): four
+passes, forward, J^T u, J v, J^T w. That is what double backward itself comes to once it is spared
+
+- the gradients of the weights, in the search, where nobody wants them, and in the first of the two
+  differentiations of the penalty;
+- ReLU's second derivative, which PyTorch carries as tensors of zeros, one per layer;
+- BatchNorm by given statistics, which folds into the convolution before it;
+- the second derivative of a convolution by its weights, which PyTorch computes as a convolution
+  with kernels as large as the image, and the layouts that its CPU kernels like less.
+
+Smooth activations need no second path: autograd adds their second derivative by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from models.layers import conv_norm
+
+
+class Geometry(NamedTuple):
+    """How a convolution strides; what every one of its derivatives has to know."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def _gradient_of_input(grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry) -> Tensor:
+    if geo.stride == geo.dilation == (1, 1) and geo.groups == 1 and grad.device.type == "cpu":
+        # As a convolution with the flipped kernel: oneDNN's forward kernels are never slower than
+        # its backward ones, and three times faster on some shapes.
+        rows, columns = weight.shape[2:]
+        flipped = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        pad = (rows - 1 - geo.padding[0], columns - 1 - geo.padding[1])
+        if min(pad) >= 0:
+            return F.conv2d(grad, flipped, padding=pad)
+    empty = grad.new_empty(1).expand(shape)
+    return _convolution_backward(grad, empty, weight, geo, (True, False, False))[0]
+
+
+def _gradient_of_weight(x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    return _convolution_backward(grad, x, weight, geo, (False, True, False))[1]
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = geo
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, mask
+    )
+
+
+# A convolution is bilinear in (x, weight), so <conv(x, weight), grad> is trilinear and each of its
+# derivatives is again one of the three functions below, with arguments swapped. That closes the
+# family under differentiation to any order.
+
+
+class _Convolution(Function):
+    """(x, weight) -> conv(x, weight)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, mode: Kernels
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geo, ctx.mode = geo, mode
+        return torch.conv2d(x, weight, bias, *geo)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if ctx.mode.input_only:
+            need_weight = need_bias = False
+        return (
+            _GradientOfInput.apply(grad, weight, x.shape, ctx.geo, ctx.mode) if need_x else None,
+            _GradientOfWeight.apply(x, grad, weight, ctx.geo, ctx.mode) if need_weight else None,
+            grad.sum((0, 2, 3)) if need_bias else None,
+            None,
+            None,
+        )
+
+
+class _GradientOfInput(Function):
+    """(grad, weight) -> the gradient by x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry, mode: Kernels
+    ) -> Tensor:
+        ctx.save_for_backward(grad, weight)
+        ctx.geo, ctx.mode = geo, mode
+        return _gradient_of_input(grad, weight, shape, geo)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        grad, weight = ctx.saved_tensors
+        need_grad, need_weight = ctx.needs_input_grad[:2]
+        if ctx.mode.input_only:
+            need_weight = False
+        return (
+            _Convolution.apply(v, weight, None, ctx.geo, ctx.mode) if need_grad else None,
+            _GradientOfWeight.apply(v, grad, weight, ctx.geo, ctx.mode) if need_weight else None,
+            None,
+            None,
+            None,
+        )
+
+
+class _GradientOfWeight(Function):
+    """(x, grad) -> the gradient by weight; ``weight`` itself only lends its shape."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry, mode: Kernels
+    ) -> Tensor:
+        ctx.save_for_backward(x, grad)
+        ctx.geo, ctx.mode = geo, mode
+        return _gradient_of_weight(x, grad, weight, geo)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        x, grad = ctx.saved_tensors
+        need_x, need_grad = ctx.needs_input_grad[:2]
+        return (
+            _GradientOfInput.apply(grad, v, x.shape, ctx.geo, ctx.mode) if need_x else None,
+            _Convolution.apply(x, v, None, ctx.geo, ctx.mode) if need_grad else None,
+            None,
+            None,
+            None,
+        )
+
+
+class _ReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clamp_min(0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _ReLUMask.apply(grad, *ctx.saved_tensors)
+
+
+class _ReLUMask(Function):
+    """grad where y > 0, else 0: linear in grad, and constant in y almost everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return torch.ops.aten.threshold_backward(grad, y, 0)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
+        return _ReLUMask.apply(v, *ctx.saved_tensors), None
+
+
+class _BatchNormWithStatistics(Function):
+    """Train-mode BatchNorm that also returns its mean and 1 / deviation, both differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        return y, mean, inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor, grad_mean: Tensor, grad_inverse: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        mask = [True, weight is not None, weight is not None]
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, mask
+        )
+        # d mean / dx = 1/M and d inverse / dx = -inverse^3 (x - mean) / M: an affine map of x.
+        slope = -grad_inverse * inverse**3 / (x.numel() // x.shape[1])
+        offset = grad_mean / (x.numel() // x.shape[1]) - slope * mean
+        dx = torch.addcmul(dx + _channels(offset), x, _channels(slope))
+        return dx, dweight, dbias, None
+
+
+def _channels(values: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1]."""
+    return values.view(1, -1, 1, 1)
+
+
+Statistics = dict[int, tuple[Tensor, Tensor]]
+
+
+class Kernels(TorchFunctionMode):
+    """While entered, networks compute with the kernels of this file.
+
+    Args:
+        record: BatchNorm layers in train mode enter the statistics of the batch they see here,
+            (mean [C], 1 / deviation [C]) by layer, differentiable in the weights.
+        replay: BatchNorm layers normalise by these statistics in place of their own.
+        frozen: treat all parameters as constants. For searches in the space of images.
+    """
+
+    def __init__(
+        self,
+        *,
+        record: Statistics | None = None,
+        replay: Statistics | None = None,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.record, self.replay, self.frozen = record, replay, frozen
+        self.input_only = False
+        self._folded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._handlers: dict[Callable[..., Any], Callable[..., Tensor]] = {
+            torch.conv2d: self._conv2d,
+            F.conv2d: self._conv2d,
+            F.relu: self._relu,
+            F.batch_norm: self._batch_norm,
+            conv_norm: self._conv_norm,
+        }
+
+    @contextmanager
+    def first_derivative(self) -> Iterator[None]:
+        """Inside, differentiation is by the images only; convolutions skip their weights."""
+        self.input_only = True
+        try:
+            yield
+        finally:
+            self.input_only = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        handler = self._handlers.get(func, func)
+        return handler(*args, **(kwargs or {}))
+
+    def _constant(self, parameter: Tensor | None) -> Tensor | None:
+        return parameter.detach() if self.frozen and parameter is not None else parameter
+
+    def _conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        weight, bias = self._constant(weight), self._constant(bias)
+        if isinstance(padding, str) or x.dim() != 4:
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # Cast outside: autocast is no longer active when the backward functions run.
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        geo = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+        return _Convolution.apply(x, weight, bias, geo, self)
+
+    def _relu(self, x: Tensor, inplace: bool = False) -> Tensor:
+        return _ReLU.apply(x)
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        weight, bias = self._constant(weight), self._constant(bias)
+        key = id(running_mean)
+        if training and running_mean is not None:
+            if self.record is not None:
+                y, mean, inverse = _BatchNormWithStatistics.apply(x, weight, bias, eps)
+                self.record[key] = mean, inverse
+                _update_running(running_mean, running_var, mean, inverse, x, momentum, eps)
+                return y
+            if self.replay is not None:
+                mean, inverse = self.replay[key]
+                scale = inverse if weight is None else inverse * weight
+                shift = -mean * scale if bias is None else bias - mean * scale
+                return x * _channels(scale) + _channels(shift)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _conv_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+        given = isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
+        if not given or (norm.training and self.replay is None) or conv.padding_mode != "zeros":
+            with self:
+                return norm(conv(x))
+        if id(conv) not in self._folded:
+            self._folded[id(conv)] = self._fold(conv, norm)
+        weight, bias = self._folded[id(conv)]
+        return self._conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        if norm.training:
+            mean, inverse = self.replay[id(norm.running_mean)]
+        else:
+            mean, inverse = norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+        scale = inverse if norm.weight is None else inverse * norm.weight
+        shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
+        weight = conv.weight * scale.view(-1, 1, 1, 1)
+        return self._constant(weight), self._constant(shift)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    x: Tensor,
+    momentum: float,
+    eps: float,
+) -> None:
+    """What train-mode BatchNorm does to its buffers; the variance enters unbiased."""
+    count = x.numel() // x.shape[1]
+    variance = (inverse.double() ** -2 - eps).to(mean.dtype) * (count / max(1, count - 1))
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance, momentum)
