@@ -135,6 +135,7 @@ class Board:
         rows = "\n".join(f"| {_cell(name)} | {_cell(arguments[name])} |" for name in arguments)
         text = f"    {' '.join(command.split())}\n\n| argument | value |\n| --- | --- |\n{rows}"
         self._add(summary.text(f"{_CARD}/command", text), 0)
+        self._described = True
 
     def images(
         self,
