@@ -81,13 +81,13 @@ class EvaluationDefaults:
     """What one evaluation script does when a flag is not given.
 
     ``num_steps`` and ``step_size`` have no entry here: left out, each attack uses its own (see
-    `utils/evaluation.py`).
+    `utils/attacks.py`), and so it is with ``epsilon`` where that is None.
     """
 
     dataset: str
     datasets: tuple[str, ...]
     archs: tuple[str, ...]
-    epsilon: float
+    epsilon: float | None = None
     when: Mapping[tuple[str, Any], Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -334,11 +334,12 @@ def _add_network_flags(group: _Group, archs: Sequence[str], defaults: Mapping[st
         "share of activations that dropout sets to zero (small_cnn, wrn)")
 
 
-def _add_ball_flags(group: _Group, epsilon: float) -> None:
+def _add_ball_flags(group: _Group, epsilon: float | None) -> None:
     group.choice("--norm", NORMS, "l_inf",
         "norm of the ball; the gradient is measured in its dual (l_inf: L1, l_2: L2)")
     group.value("--epsilon", pixel, "RADIUS", epsilon,
-        "radius of the ball, in units of pixel intensity (pixels lie in [0, 1]); 8/255 works")
+        "radius of the ball, in units of pixel intensity (pixels lie in [0, 1]); 8/255 works"
+        + (" (default: the dataset's own)" if epsilon is None else ""))
 
 
 def _add_device_flags(group: _Group) -> None:
@@ -567,7 +568,7 @@ def _check_step(args: argparse.Namespace) -> None:
 
 
 def _check_ball(args: argparse.Namespace) -> None:
-    if args.norm == "l_inf" and args.epsilon > 1:
+    if args.norm == "l_inf" and args.epsilon is not None and args.epsilon > 1:
         raise UserError(
             f"--epsilon {args.epsilon:g} is wider than the pixels' range, allowed is 0 to 1 "
             f"with --norm l_inf ({args.epsilon:g}/255 = {args.epsilon / 255:.4g}?)"
@@ -631,6 +632,11 @@ def add_evaluation_options(parser: Parser, defaults: EvaluationDefaults) -> None
         "length of a step, in units of pixel intensity; 2/255 works (default: each attack's own)")
     attack.value("--restarts", integer(1, 10_000), "N", 1,
         "random starts per image of PGD and MPGD")
+    attack.value("--l0_radius", positive_int, "VALUES", None,
+        "changed values (pixels x channels) at which the accuracy under JSMA and point-wise is "
+        "stated (default: the dataset's own)")
+    attack.value("--l2_radius", positive_float, "RADIUS", None,
+        "L2 distance at which the accuracy under DDNL2 is stated (default: the dataset's own)")
     attack.value("--seed --manualSeed", integer(0, _LARGEST_SEED), "SEED", 0,
         "seed of the attacks' random choices")
     attack.switch("--sanity", "also look for signs of masked gradients and print the verdicts")
