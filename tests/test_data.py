@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import image_folder
 from utils.data import (
     DATASETS,
     Batches,
@@ -325,7 +327,7 @@ def bad_folder(tmp_path: Path, kind: str) -> tuple[str, str]:
         return "folder", "0001.png: 9x8 pixels, but .*0000.png has 8x8"
     if kind == "grey among colour":
         Image.new("L", (8, 8)).save(odd)
-        return "folder", "0001.png: a grey image where colour is needed"
+        return "folder", "0001.png: a grey image, but .*0000.png is a colour one"
     if kind == "grey":
         write_folder(tmp_path / "grey", mode="L")
         return "folder:grey", "a grey image where colour is needed"
@@ -384,6 +386,34 @@ def test_a_wrong_image_folder_ends_in_one_line(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
+def test_decoded_images_are_kept_beside_the_files(tmp_path, monkeypatch):
+    def load():
+        return load_dataset("folder", tmp_path, train=True)
+
+    write_folder(tmp_path)
+    first = load()
+    assert not list(tmp_path.glob(".*"))  # not worth it
+    monkeypatch.setattr(image_folder, "_CACHE_SECONDS", -1)
+    assert torch.equal(load().images, first.images)
+    cache = tmp_path / ".train.pixels"
+    made = cache.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "_decode", None)  # must not be needed
+        again = load()
+    assert torch.equal(again.images, first.images) and torch.equal(again.labels, first.labels)
+    # another file, a damaged cache, half a cache, no cache: decoded again
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0000.png")
+    assert load().images[0].sum() == 0 and cache.stat().st_mtime_ns > made
+    good = cache.read_bytes()
+    for bad in (good[:-1], good[:-1] + b"x", b"", b"[]\n", b"{}\n", bytes(100), good[:20]):
+        cache.write_bytes(bad)
+        assert torch.equal(load().images[1:], first.images[1:])
+        assert cache.read_bytes() == good
+    cache.unlink()
+    cache.mkdir()
+    assert len(load()) == 6
+
+
 # ------------------------------------------------------------------------------ torchvision
 
 
@@ -409,12 +439,19 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch, name):
 
 
 def test_a_silent_network_is_given_up_within_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_a, **_o: time.sleep(30))
+    release = threading.Event()
+
+    def silent(*_args, **_options):
+        release.wait(30)
+        raise OSError("too late")
+
+    monkeypatch.setattr("urllib.request.urlopen", silent)
     monkeypatch.setattr("utils.data._PATIENCE", 0.3)
     start = time.monotonic()
     with pytest.raises(UserError, match="no answer within"):
         load_dataset("MNIST", tmp_path, train=True)
     assert time.monotonic() - start < 15  # most of it torchvision's import
+    release.set()
 
 
 def test_a_damaged_file_is_one_line(tmp_path):

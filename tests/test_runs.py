@@ -12,13 +12,13 @@ import signal
 import time
 from pathlib import Path
 
-import faults
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models import build_model
+from tools import faults
 from utils import safe_load
 from utils.errors import UserError
 from utils.runs import (

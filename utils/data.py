@@ -21,10 +21,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.image_folder import find_image_folder, read_image_folder
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,6 @@ _KNOWN = {
     "cifar100": _Known(3, 32, 100),
 }
 DATASETS = (*_KNOWN, "folder")
-
-# Formats Pillow may open here: it also knows some that start other programs (EPS).
-_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".bmp": "BMP",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
-    ".webp": "WEBP",
-}
-_MAX_FILE_BYTES = 64 << 20
-_MAX_TOTAL_BYTES = 64 << 30
 
 # Seconds that a server may take to answer before a download counts as failed.
 _PATIENCE = 8
@@ -335,9 +322,10 @@ class Batches:
     def generator(self, batch: int, purpose: str = "search") -> torch.Generator:
         """A CPU generator for anything else that is random in a batch, e.g. a random start.
 
-        It depends on (seed, epoch, batch, purpose, rank), so it needs no saving for a resume.
+        It depends on (seed, epoch, batch, purpose), so it needs no saving for a resume and is the
+        same in every process.
         """
-        return _generator(purpose, self.seed, self.epoch, batch, self.rank)
+        return _generator(purpose, self.seed, self.epoch, batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self.iterate()
@@ -416,9 +404,13 @@ def load_dataset(
     if name == "digits":
         imageset = _load_digits(train)
     else:
-        source = _find_image_folder(name, root)
+        source = find_image_folder(None if name == "folder" else name, root)
         if source is not None:
-            imageset = _load_image_folder(name, source, train, expected_channels)
+            channels = _KNOWN[name].channels if name in _KNOWN else expected_channels
+            images, labels, classes = read_image_folder(source, train, channels)
+            kind = "image folder, JPEG" if source.is_jpeg else "image folder"
+            shown = source.name if name == "folder" else name  # 'folder' would repeat itself
+            imageset = ImageSet(f"{shown} ({kind})", images, labels, classes)
         elif name == "folder":
             raise UserError(
                 f"--data_dir {root}: no image folder there, expected are files "
@@ -463,241 +455,6 @@ def _load_digits(train: bool) -> ImageSet:
     chosen = ~is_test if train else is_test
     classes = tuple(str(digit) for digit in range(10))
     return ImageSet("digits", images[chosen], labels[chosen], classes)
-
-
-# ---------------------------------------------------------------------------------------------
-# Image folders: {train,test}/<class>/*, unpacked or in a zip file
-
-
-class _Folder:
-    """An unpacked image folder."""
-
-    is_zip = False
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def label(self, *parts: str) -> str:
-        return str(self.root.joinpath(*parts))
-
-    def classes(self, part: str) -> list[str]:
-        return sorted(
-            entry.name
-            for entry in os.scandir(self.root / part)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-
-    def files(self, part: str, class_name: str) -> list[str]:
-        # is_file() is false for a FIFO or a device, which would block the reader.
-        return sorted(
-            entry.name
-            for entry in os.scandir(self.root / part / class_name)
-            if entry.is_file() and not entry.name.startswith(".")
-        )
-
-    def read(self, part: str, class_name: str, file: str) -> bytes:
-        path = self.root / part / class_name / file
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise OSError(f"file of more than {_MAX_FILE_BYTES >> 20} MB")
-        return path.read_bytes()
-
-
-class _ZippedFolder:
-    """An image folder inside a zip file, at its top or below one folder; nothing is unpacked."""
-
-    is_zip = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.archive = zipfile.ZipFile(path)
-        self.tree: dict[str, dict[str, dict[str, str]]] = {"train": {}, "test": {}}
-        for member in self.archive.namelist():
-            parts = PurePosixPath(member).parts
-            if len(parts) == 4:
-                parts = parts[1:]
-            if len(parts) == 3 and parts[0] in self.tree and not parts[2].startswith("."):
-                self.tree[parts[0]].setdefault(parts[1], {})[parts[2]] = member
-
-    def label(self, *parts: str) -> str:
-        return "/".join([str(self.path), *parts])
-
-    def classes(self, part: str) -> list[str]:
-        return sorted(self.tree[part])
-
-    def files(self, part: str, class_name: str) -> list[str]:
-        return sorted(self.tree[part].get(class_name, ()))
-
-    def read(self, part: str, class_name: str, file: str) -> bytes:
-        member = self.tree[part][class_name][file]
-        if self.archive.getinfo(member).file_size > _MAX_FILE_BYTES:
-            raise OSError(f"file of more than {_MAX_FILE_BYTES >> 20} MB")
-        return self.archive.read(member)
-
-
-def _find_image_folder(name: str, root: Path) -> _Folder | _ZippedFolder | None:
-    """The image folder that ``root`` (a folder or a zip file) holds for this dataset, if any."""
-    try:
-        if root.is_file():
-            return _open_zip(root)
-        places = [root] if name == "folder" else [root, root / name.lower(), root / name]
-        for place in places:
-            if (place / "train").is_dir() or (place / "test").is_dir():
-                return _Folder(place)
-        if root.is_dir():
-            for path in sorted(root.glob("*.zip")):
-                if (name == "folder" or path.name.lower().startswith(name.lower())) and (
-                    path.is_file()
-                ):
-                    source = _open_zip(path)
-                    if source.classes("train") or source.classes("test"):
-                        return source
-    except OSError as error:
-        raise UserError(f"--data_dir {root}: {error.strerror or error}") from None
-    return None
-
-
-def _open_zip(path: Path) -> _ZippedFolder:
-    try:
-        return _ZippedFolder(path)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"--data_dir: {path} is not a readable zip file ({error})") from None
-
-
-def _load_image_folder(
-    name: str, source: _Folder | _ZippedFolder, train: bool, expected_channels: int | None
-) -> ImageSet:
-    """Decode ``{train,test}/<class>/*``; labels follow the alphabetical order of the classes."""
-    part = "train" if train else "test"
-    try:
-        files = _list_images(source, part)
-        classes = tuple(sorted({class_name for class_name, _ in files}))
-        if not train:  # the labels of the test images are those the network was trained with
-            trained = source.classes("train") if _has(source, "train") else list(classes)
-            strange = sorted(set(classes) - set(trained))
-            if strange:
-                raise UserError(
-                    f"{source.label('test', strange[0])}: class {strange[0]!r} is not among the "
-                    f"{len(trained)} classes of {source.label('train')}"
-                )
-            classes = tuple(trained)
-    except OSError as error:
-        raise UserError(f"{source.label(part)}: {error.strerror or error}") from None
-    if len(classes) < 2:
-        raise UserError(
-            f"{source.label(part)}: one class only ({classes[0]!r}), at least 2 are needed"
-        )
-    known = _KNOWN.get(name)
-    channels = known.channels if known is not None else expected_channels
-    images = _decode(source, part, files, channels)
-    label_of = {class_name: label for label, class_name in enumerate(classes)}
-    labels = torch.tensor([label_of[class_name] for class_name, _ in files], dtype=torch.int64)
-    formats = {_FORMATS[PurePosixPath(file).suffix.lower()] for _, file in files}
-    note = ", JPEG" if formats == {"JPEG"} else ""
-    # 'folder' alone would repeat itself: name the folder instead.
-    shown = name
-    if name == "folder":
-        place = source.path if isinstance(source, _ZippedFolder) else source.root
-        shown = place.resolve().name or "folder"
-    return ImageSet(f"{shown} (image folder{note})", images, labels, classes)
-
-
-def _has(source: _Folder | _ZippedFolder, part: str) -> bool:
-    return bool(source.classes(part)) if source.is_zip else (source.root / part).is_dir()
-
-
-def _list_images(source: _Folder | _ZippedFolder, part: str) -> list[tuple[str, str]]:
-    """(class, file) of every image, sorted."""
-    if not _has(source, part):
-        raise UserError(f"{source.label(part)}: missing, an image folder needs train and test")
-    classes = source.classes(part)
-    if not classes:
-        raise UserError(
-            f"{source.label(part)}: empty, expected are images in {part}/<class>/ folders"
-        )
-    files = []
-    for class_name in classes:
-        names = [
-            file
-            for file in source.files(part, class_name)
-            if PurePosixPath(file).suffix.lower() in _FORMATS
-        ]
-        if not names:
-            raise UserError(
-                f"{source.label(part, class_name)}: no images (looked for "
-                f"{', '.join(sorted(_FORMATS))})"
-            )
-        files += [(class_name, file) for file in names]
-    return files
-
-
-def _decode(
-    source: _Folder | _ZippedFolder,
-    part: str,
-    files: list[tuple[str, str]],
-    channels: int | None,
-) -> Tensor:
-    """uint8 [N, C, H, W] of all files; all must agree with the first one's size and channels."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-    from tqdm import tqdm
-
-    pixels = None
-    first = source.label(part, *files[0])
-    # One thread: decoding tiny images holds the GIL most of the time, and threads were slower.
-    bar = tqdm(files, desc=f"reading {part} images", unit="", leave=False, disable=None, delay=1)
-    for number, (class_name, file) in enumerate(bar):
-        label = source.label(part, class_name, file)
-        try:
-            stored = io.BytesIO(source.read(part, class_name, file))
-            with Image.open(stored, formats=tuple(set(_FORMATS.values()))) as image:
-                colour = _channels(image, label)
-                if pixels is None:
-                    if channels is not None and colour != channels:
-                        raise UserError(_wrong_colour(label, colour, channels))
-                    total = len(files) * colour * image.width * image.height
-                    if total > _MAX_TOTAL_BYTES:
-                        raise UserError(
-                            f"{label}: {len(files)} images of {image.width}x{image.height} pixels "
-                            f"need {total >> 30} GB of memory"
-                        )
-                    pixels = np.empty((len(files), image.height, image.width, colour), np.uint8)
-                if colour != pixels.shape[3]:
-                    raise UserError(
-                        _wrong_colour(label, colour, pixels.shape[3])
-                        + ("" if channels is not None else f" like {first}")
-                    )
-                if (image.height, image.width) != pixels.shape[1:3]:
-                    raise UserError(
-                        f"{label}: {image.width}x{image.height} pixels, but {first} has "
-                        f"{pixels.shape[2]}x{pixels.shape[1]}; all images must have one size"
-                    )
-                decoded = np.asarray(image.convert("L" if colour == 1 else "RGB"))
-                pixels[number] = decoded[..., None] if colour == 1 else decoded
-        except UnidentifiedImageError:
-            raise UserError(f"{label}: not an image, or damaged") from None
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{label}: cannot be read ({error})") from None
-        except Image.DecompressionBombError as error:
-            raise UserError(f"{label}: {error}") from None
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _channels(image: Any, label: str) -> int:
-    """1 for a grey image, 3 for a colour one."""
-    if image.mode in ("1", "L"):
-        return 1
-    if image.mode in ("RGB", "P", "CMYK", "YCbCr"):
-        return 3
-    if image.mode in ("LA", "RGBA"):
-        if image.getchannel("A").getextrema() != (255, 255):
-            raise UserError(f"{label}: has transparent pixels, which have no defined colour here")
-        return 1 if image.mode == "LA" else 3
-    raise UserError(f"{label}: pixel format {image.mode!r}, 8-bit grey or colour is needed")
-
-
-def _wrong_colour(label: str, channels: int, needed: int) -> str:
-    words = {1: "grey", 3: "colour"}
-    return f"{label}: a {words[channels]} image where {words.get(needed, needed)} is needed"
 
 
 # ---------------------------------------------------------------------------------------------

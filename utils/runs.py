@@ -175,10 +175,11 @@ class RunFolder:
             if overwrite and not inside:
                 self._clear()
             elif not inside and self._has_run():
+                resume = f"go on with --resume {self.checkpoint}, "
                 raise UserError(
-                    f"run folder {self.path} holds a run; go on with --resume "
-                    f"{self.path / CHECKPOINT}, start again with --overwrite, or choose another "
-                    f"--save_dir"
+                    f"run folder {self.path} holds a run; "
+                    f"{resume if self.checkpoint.exists() else ''}start again with --overwrite, "
+                    f"or choose another --save_dir"
                 )
         except OSError as error:
             self.close()
@@ -206,9 +207,10 @@ class RunFolder:
         return checkpoint.resolve().parent == self.path.resolve()
 
     def _has_run(self) -> bool:
-        return (self.path / LOG).exists() or any(
-            _CHECKPOINT_NAME.fullmatch(entry.name) for entry in self.path.iterdir()
-        )
+        # A log without rows is that of a run that was stopped before it had anything to lose.
+        if any(_CHECKPOINT_NAME.fullmatch(entry.name) for entry in self.path.iterdir()):
+            return True
+        return (self.path / LOG).exists() and bool(_read_rows(self.path / LOG)[1])
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
