@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.ball import Ball, ascend
+from utils.attacks import pgd
+from utils.ball import Ball
 from utils.batch_norm import mode, normalization
 from utils.data import Batches, ImageSet
 from utils.errors import UserError
-from utils.lfr import LFRTerms, flatness, input_gradient
+from utils.lfr import LFRTerms, flatness
 from utils.runtime import World
 from utils.second_order import Kernels
 
@@ -173,25 +174,12 @@ def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_
     Cheap and repeatable, for comparing epochs; the evaluation scripts have the real attacks. The
     steps are 2.5 * epsilon / num_steps long, so that the ball's edge is within reach.
     """
-    correct = 0
-    kernels = Kernels(frozen=True)
-    with mode(network, training=False):
-        for x, y, _ in Batches(data, batch_size, shuffle=False, min_batch=1):
-            with torch.no_grad():
-                right = network(x).argmax(1) == y
-            x, y = x[right], y[right]  # a wrong answer needs no attack
-            if len(y) == 0:
-                continue
-            moved = ascend(
-                x,
-                lambda point, y=y: input_gradient(network, point, y, kernels),
-                ball,
-                step_size=2.5 * ball.epsilon / max(1, num_steps),
-                num_steps=num_steps,
-            )
-            with torch.no_grad():
-                correct += int((network(moved).argmax(1) == y).sum())
-    return 100 * correct / len(data)
+    robust = 0
+    step_size = 2.5 * ball.epsilon / max(1, num_steps)
+    for x, y, _ in Batches(data, batch_size, shuffle=False, min_batch=1):
+        options = {"step_size": step_size, "num_steps": num_steps, "random_start": False}
+        robust += int(pgd(network, x, y, ball, **options).robust.sum())
+    return 100 * robust / len(data)
 
 
 def mode_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> dict[str, float]:

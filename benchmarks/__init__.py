@@ -1,0 +1,1 @@
+"""Timing of the method against a plain implementation: ``python -m benchmarks.benchmark``."""
