@@ -62,7 +62,7 @@ class Verdicts:
 
 
 class _Layouts(Function):
-    """Images to the layout that the convolutions like; gradients back to what the package expects."""
+    """Images to the layout that convolutions like; gradients to the one the package expects."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from utils.lfr import full_precision
 from utils.second_order import Kernels
 
 # The share of noise in point-wise's starts, tried from the smallest.
-_NOISE = tuple(0.02 * 1.35**step for step in range(13)) + (0.9, 1.0)
+_NOISE = (*(0.02 * 1.35**step for step in range(13)), 0.9, 1.0)
 
 
 @dataclass(frozen=True)
