@@ -58,20 +58,18 @@ _LAYOUT_TAG = "custom_scalars__config__"
 #: Charts of the Custom Scalars page, several curves of the one run in each.
 LAYOUT = {
     "Each epoch": {
-        "loss, training and test": ["Multiline", ["Loss_epoch/train_loss", "Loss_epoch/test_loss"]],
-        "natural loss and flatness": [
-            "Multiline",
-            ["Loss_epoch/loss_normal", "Loss_epoch/loss_grad"],
-        ],
-        "accuracy (%), training and test": [
-            "Multiline",
-            ["Acc_epoch/train_Acc", "Acc_epoch/test_acc"],
-        ],
-        "accuracy (%) under PGD": ["Multiline", ["Robust/.*"]],
-        "the two modes of BatchNorm": ["Multiline", ["Mode_gap/.*"]],
+        title: ["Multiline", tags]
+        for title, tags in {
+            "loss: training, test": ["Loss_epoch/train_loss", "Loss_epoch/test_loss"],
+            "natural loss and flatness": ["Loss_epoch/loss_normal", "Loss_epoch/loss_grad"],
+            "accuracy (%): training, held out, test": ["Acc_epoch/.*"],
+            "accuracy (%): clean and under PGD, test": ["Acc_epoch/test_acc", "Robust/test_.*"],
+            "accuracy (%): running and batch statistics": ["Mode_gap/accuracy_.*"],
+            "flatness: running and batch statistics": ["Mode_gap/flatness_.*"],
+        }.items()
     },
     "Each step": {
-        "total, natural and weighted gradient loss": [
+        "loss: total, natural, weighted flatness": [
             "Multiline",
             ["Loss_iter/Loss$", "Loss_iter/Loss_normal", "Loss_iter/grad_part"],
         ],

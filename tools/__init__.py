@@ -1,0 +1,1 @@
+"""Commands around the scripts: demo, pictures, reproduction."""
