@@ -100,7 +100,8 @@ class Passes:
         """The ascent to the sharpest points; the weights are constants."""
         if self.bn_mode == "shared":
             fixed = {key: (m.detach(), s.detach()) for key, (m, s) in self._statistics.items()}
-            yield Kernels(replay=fixed, frozen=True)
+            with normalization(self.model, batch_statistics=False):
+                yield Kernels(replay=fixed, frozen=True)
         elif self.bn_mode == "batch":
             with normalization(self.model, batch_statistics=True):
                 yield Kernels(frozen=True)
@@ -112,7 +113,8 @@ class Passes:
     def penalty(self) -> Iterator[Kernels]:
         """The gradient norm at the sharpest points."""
         if self.bn_mode == "shared":
-            yield Kernels(replay=self._statistics)
+            with normalization(self.model, batch_statistics=False):
+                yield Kernels(replay=self._statistics)
         else:
             on_batch = self.bn_mode != "running"
             update = self.bn_mode == "mixed"

@@ -18,6 +18,7 @@ BatchNorm uses in which term; the CIFAR-10 collapse of the original is decided t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,8 @@ def sharpest_point(
         step_size: in the ball's norm, in units of pixel intensity.
         num_steps: 0 returns x itself, which makes LFR plain input-gradient regularisation.
         start: another first point in the ball.
-        kernels: what to compute with; default: as the model stands, weights held constant.
+        kernels: what to compute with; default: as the model stands (in train mode BatchNorm uses
+            the batch and keeps its running statistics), weights held constant.
 
     Returns:
         [N, C, H, W], detached. The model is left as it was: no gradients, modes, statistics.
@@ -105,7 +107,10 @@ def sharpest_point(
         raise ValueError(f"search is {search!r}, allowed are {', '.join(SEARCHES)}")
     if num_steps == 0:
         return x.detach()
-    kernels = kernels or Kernels(frozen=True)
+    if kernels is None and isinstance(model, nn.Module):
+        computing = Passes(model, "batch").search()
+    else:
+        computing = nullcontext(kernels or Kernels(frozen=True))
 
     def gradient_of_loss(moved: Tensor) -> Tensor:
         return input_gradient(model, moved, y, kernels)
@@ -119,14 +124,15 @@ def sharpest_point(
 
     if start is None:
         start = ball.project(x + 0.001 * torch.randn_like(x), x)
-    return ascend(
-        x,
-        gradient_of_flatness if search == "paper" else gradient_of_loss,
-        ball,
-        step_size=step_size,
-        num_steps=num_steps,
-        start=start,
-    )
+    with computing as kernels:
+        return ascend(
+            x,
+            gradient_of_flatness if search == "paper" else gradient_of_loss,
+            ball,
+            step_size=step_size,
+            num_steps=num_steps,
+            start=start,
+        )
 
 
 def lfr_loss(

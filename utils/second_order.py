@@ -222,13 +222,13 @@ class _BatchNormWithStatistics(Function):
         # d mean / dx = 1/M and d inverse / dx = -inverse^3 (x - mean) / M: an affine map of x.
         slope = -grad_inverse * inverse**3 / (x.numel() // x.shape[1])
         offset = grad_mean / (x.numel() // x.shape[1]) - slope * mean
-        dx = torch.addcmul(dx + _channels(offset), x, _channels(slope))
+        dx = torch.addcmul(dx + _channels(offset, x), x, _channels(slope, x))
         return dx, dweight, dbias, None
 
 
-def _channels(values: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, 1]."""
-    return values.view(1, -1, 1, 1)
+def _channels(values: Tensor, like: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, ..., 1], to be broadcast over ``like``, [N, C, ...]."""
+    return values.view(1, -1, *([1] * (like.dim() - 2)))
 
 
 Statistics = dict[int, tuple[Tensor, Tensor]]
@@ -240,7 +240,7 @@ class Kernels(TorchFunctionMode):
     Args:
         record: BatchNorm layers in train mode enter the statistics of the batch they see here,
             (mean [C], 1 / deviation [C]) by layer, differentiable in the weights.
-        replay: BatchNorm layers normalise by these statistics in place of their own.
+        replay: BatchNorm layers with an entry here normalise by it in place of their own statistics.
         frozen: treat all parameters as constants. For searches in the space of images.
     """
 
@@ -281,9 +281,11 @@ class Kernels(TorchFunctionMode):
     def _constant(self, parameter: Tensor | None) -> Tensor | None:
         return parameter.detach() if self.frozen and parameter is not None else parameter
 
+    # The handlers' arguments are named as PyTorch names them: a network may pass them by name.
+
     def _conv2d(
         self,
-        x: Tensor,
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -291,7 +293,7 @@ class Kernels(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        weight, bias = self._constant(weight), self._constant(bias)
+        x, weight, bias = input, self._constant(weight), self._constant(bias)
         if isinstance(padding, str) or x.dim() != 4:
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         device = x.device.type
@@ -303,12 +305,12 @@ class Kernels(TorchFunctionMode):
         geo = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
         return _Convolution.apply(x, weight, bias, geo, self)
 
-    def _relu(self, x: Tensor, inplace: bool = False) -> Tensor:
-        return _ReLU.apply(x)
+    def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
+        return _ReLU.apply(input)
 
     def _batch_norm(
         self,
-        x: Tensor,
+        input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         weight: Tensor | None = None,
@@ -317,24 +319,25 @@ class Kernels(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        weight, bias = self._constant(weight), self._constant(bias)
-        key = id(running_mean)
-        if training and running_mean is not None:
-            if self.record is not None:
-                y, mean, inverse = _BatchNormWithStatistics.apply(x, weight, bias, eps)
-                self.record[key] = mean, inverse
-                _update_running(running_mean, running_var, mean, inverse, x, momentum, eps)
-                return y
-            if self.replay is not None:
-                mean, inverse = self.replay[key]
-                scale = inverse if weight is None else inverse * weight
-                shift = -mean * scale if bias is None else bias - mean * scale
-                return x * _channels(scale) + _channels(shift)
+        x, weight, bias = input, self._constant(weight), self._constant(bias)
+        given = (self.replay or {}).get(id(running_mean))
+        if given is not None:
+            mean, inverse = given
+            scale = inverse if weight is None else inverse * weight
+            shift = -mean * scale if bias is None else bias - mean * scale
+            return x * _channels(scale, x) + _channels(shift, x)
+        if training and running_mean is not None and self.record is not None:
+            y, mean, inverse = _BatchNormWithStatistics.apply(x, weight, bias, eps)
+            self.record[id(running_mean)] = mean, inverse
+            _update_running(running_mean, running_var, mean, inverse, x, momentum, eps)
+            return y
+        if not training:
+            running_mean, running_var = _kept(running_mean), _kept(running_var)
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
     def _conv_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-        given = isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
-        if not given or (norm.training and self.replay is None) or conv.padding_mode != "zeros":
+        given = isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats and not norm.training
+        if not given or conv.padding_mode != "zeros":
             with self:
                 return norm(conv(x))
         if id(conv) not in self._folded:
@@ -343,16 +346,22 @@ class Kernels(TorchFunctionMode):
         return self._conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        if norm.training:
-            mean, inverse = self.replay[id(norm.running_mean)]
-        else:
-            mean, inverse = norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+        given = (self.replay or {}).get(id(norm.running_mean))
+        if given is None:
+            given = _kept(norm.running_mean), torch.rsqrt(norm.running_var + norm.eps)
+        mean, inverse = given
         scale = inverse if norm.weight is None else inverse * norm.weight
         shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
         if conv.bias is not None:
             shift = shift + conv.bias * scale
         weight = conv.weight * scale.view(-1, 1, 1, 1)
         return self._constant(weight), self._constant(shift)
+
+
+def _kept(statistics: Tensor) -> Tensor:
+    """A copy for the graph to save: a later train-mode forward changes the buffers in place, before
+    the backward pass reads them, and PyTorch's BatchNorm does so unnoticed by autograd."""
+    return statistics.clone()
 
 
 def _pair(value: Any) -> tuple[int, int]:
