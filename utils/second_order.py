@@ -240,7 +240,7 @@ class Kernels(TorchFunctionMode):
     Args:
         record: BatchNorm layers in train mode enter the statistics of the batch they see here,
             (mean [C], 1 / deviation [C]) by layer, differentiable in the weights.
-        replay: BatchNorm layers with an entry here normalise by it in place of their own statistics.
+        replay: BatchNorm layers with an entry in here normalise by that, not by their own.
         frozen: treat all parameters as constants. For searches in the space of images.
     """
 
