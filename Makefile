@@ -37,7 +37,7 @@ $(DEV): requirements-dev.txt $(RUN)
 	@touch $@
 
 demo: $(RUN)  ## LFR on digits against the same network without it: train, attack, table
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(DEV)  ## the tests; make test ARGS='tests/test_lfr.py -x' for some
 	$(BIN)/python -m pytest $(ARGS)
@@ -51,16 +51,16 @@ format: $(DEV)  ## put the code in ruff's format
 	$(BIN)/ruff format .
 
 torture: $(DEV)  ## kill, corrupt and starve runs; minutes
-	$(BIN)/python tools/torture.py $(ARGS)
+	$(BIN)/python -m tools.torture $(ARGS)
 
 benchmark: $(RUN)  ## the search and the training step against a plain implementation
 	$(BIN)/python -m benchmarks.benchmark $(ARGS)
 
 reproduce-mnist: $(RUN)  ## train and evaluate the MNIST model of the README
-	$(BIN)/python tools/reproduce.py mnist $(ARGS)
+	$(BIN)/python -m tools.reproduce mnist $(ARGS)
 
 reproduce-cifar: $(RUN)  ## train and evaluate the CIFAR-10 model of the README
-	$(BIN)/python tools/reproduce.py cifar $(ARGS)
+	$(BIN)/python -m tools.reproduce cifar $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -13,63 +13,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import cifar_defense
+import MNIST_defense
+import MNIST_eval
 from utils.options import (
     ATTACKS,
-    EvaluationDefaults,
     Parser,
-    TrainingDefaults,
     add_evaluation_options,
     add_training_options,
     parse_evaluation,
     parse_training,
 )
 
-MNIST = TrainingDefaults(
-    dataset="MNIST",
-    datasets=("MNIST", "FashionMNIST", "SVHN", "digits", "folder"),
-    arch="small_cnn",
-    archs=("small_cnn", "wrn"),
-    depth=16,
-    widen_factor=8,
-    schedule=(90,),
-    lr=0.01,
-    weight_decay=0.0,
-    epsilon=0.3,
-    num_steps=40,
-    step_size=0.01,
-    fast_num_steps=3,
-    fast_step_size=0.15,
-    lambada=0.02,
-    ckpt_interval=10,
-    augment=False,
-    when={("dataset", "SVHN"): {"arch": "wrn"}},
-)
-CIFAR = TrainingDefaults(
-    dataset="cifar10",
-    datasets=("cifar10", "cifar100", "folder"),
-    arch="resnet",
-    archs=("resnet", "wrn"),
-    depth=20,
-    widen_factor=6,
-    schedule=(75, 90, 100),
-    lr=0.1,
-    weight_decay=2e-4,
-    epsilon=0.031,
-    num_steps=10,
-    step_size=0.007,
-    fast_num_steps=2,
-    fast_step_size=0.031,
-    lambada=0.03,
-    ckpt_interval=5,
-    augment=True,
-    when={("arch", "wrn"): {"depth": 28}},
-)
-MNIST_EVALUATION = EvaluationDefaults(
-    dataset="MNIST",
-    datasets=("MNIST", "FashionMNIST", "SVHN", "digits", "folder"),
-    archs=("small_cnn", "wrn"),
-    epsilon=0.3,
-    when={("dataset", "SVHN"): {"epsilon": 0.031}},
+MNIST, CIFAR, MNIST_EVALUATION = (
+    MNIST_defense.DEFAULTS,
+    cifar_defense.DEFAULTS,
+    MNIST_eval.DEFAULTS,
 )
 
 
@@ -121,6 +80,66 @@ def test_published_mnist_command():
     assert (args.search, args.defense, args.ckpt_interval) == ("paper", "lfr", 10)
 
 
+@pytest.mark.parametrize(
+    ("defaults", "published"),
+    [
+        (
+            MNIST,
+            {
+                "dataset": "MNIST",
+                "drop": 0,
+                "schedule": [90],
+                "lr": 0.01,
+                "weight_decay": 0,
+                "epsilon": 0.3,
+                "num_steps": 40,
+                "step_size": 0.01,
+                "lambada": 0.02,
+                "ckpt_interval": 10,
+            },
+        ),
+        (
+            CIFAR,
+            {
+                "dataset": "cifar10",
+                "block_name": "BasicBlock",
+                "widen_factor": 6,
+                "drop": 0,
+                "schedule": [75, 90, 100],
+                "lr": 0.1,
+                "weight_decay": 2e-4,
+                "epsilon": 0.031,
+                "num_steps": 10,
+                "step_size": 0.007,
+                "ckpt_interval": 5,
+                # Other than the original's, whose own commands need them: its wrn-28, its 1.0.
+                "arch": "resnet",
+                "depth": 20,
+                "lambada": 0.03,
+            },
+        ),
+    ],
+)
+def test_published_defaults(defaults, published):
+    published = published | {
+        "epochs": 100,
+        "start_epoch": 0,
+        "gamma": 0.1,
+        "train_batch": 128,
+        "test_batch": 128,
+        "workers": 4,
+        "momentum": 0.9,
+        "optimizer_type": "SGD",
+        "norm": "l_inf",
+        "manualSeed": 1000,
+        "gpu_id": "0",
+        "save_dir": ".",
+        "evaluate": False,
+    }
+    args = vars(train("", defaults))
+    assert {name: args[name] for name in published} == published
+
+
 def test_published_cifar_command():
     args = train(
         "-a resnet --depth 20 --epochs 300 --schedule 150 250 --lambada 0.03 --gpu_id 3 "
@@ -136,7 +155,7 @@ def test_published_cifar_command():
 def test_published_evaluation_command(folder):
     args = evaluate(f"--model_path savedModel/{folder}/model_best.pth.tar --attack_method PGD")
     assert args.model_path == f"savedModel/{folder}/model_best.pth.tar"
-    assert (args.attack_method, args.test_batch, args.epsilon) == (["PGD"], 200, 0.3)
+    assert (args.attack_method, args.test_batch, args.epsilon) == (["PGD"], 200, None)
     assert args.num_steps is None and args.arch is None
 
 
@@ -190,17 +209,21 @@ def test_defaults_that_depend_on_other_flags():
     assert train("--no-augment", CIFAR).augment is False
     assert train("--augment").augment is True
     assert train("--defense igr").num_steps == 0
-    assert evaluate("--model_path x -d svhn").epsilon == 0.031
     assert train("--resume . --checkpoint .").resume is None
     assert train("-e --resume run").resume == "run"
 
 
-def test_fast_search():
-    args = train("--search fast")
-    assert (args.num_steps, args.step_size) == (3, 0.15)
-    assert train("--search fast --epsilon 0.1").step_size == pytest.approx(0.05)
-    args = train("--search fast --num_steps 5 --step_size 0.02")
-    assert (args.num_steps, args.step_size) == (5, 0.02)
+@pytest.mark.parametrize("defaults", [MNIST, CIFAR])
+def test_fast_search(defaults):
+    def fast(line):
+        args = train(f"--search fast {line}", defaults)
+        return args.num_steps, args.step_size
+
+    steps, size = defaults.fast_num_steps, defaults.fast_step_size
+    assert fast("") == (steps, size)
+    assert fast(f"--epsilon {defaults.epsilon / 3}") == (steps, pytest.approx(size / 3))
+    assert fast("--num_steps 5 --step_size 0.02") == (5, 0.02)
+    assert fast("--defense igr") == (0, size)
 
 
 @pytest.mark.parametrize(
@@ -423,4 +446,5 @@ def test_any_evaluation_command_line(line, with_model):
     assert args.model_path
     assert args.attack_method and set(args.attack_method) <= set(ATTACKS)
     assert len(set(args.attack_method)) == len(args.attack_method)
-    assert 0 <= args.epsilon < math.inf and args.restarts >= 1
+    assert args.epsilon is None or 0 <= args.epsilon < math.inf
+    assert args.restarts >= 1
