@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from utils.runs import (
     load_checkpoint,
     load_network,
     read_log,
+    restore_fields,
     restore_network,
     restore_optimizer,
     save_checkpoint,
@@ -284,7 +286,10 @@ HOSTILE = {
         lambda: faults.saved({"model": {}, "epoch": 3}),
         "no 'state_dict' in it \\(it holds model, epoch\\)",
     ),
-    "empty state_dict": (lambda: faults.saved({"state_dict": {}}), "not a dict of tensors"),
+    "empty state_dict": (
+        lambda: faults.saved({"state_dict": {}}),
+        "weights are not a dict of tensors",
+    ),
     "state_dict of numbers": (lambda: faults.saved({"state_dict": {"a": 1.0}}), "not a tensor"),
     "nan": (
         lambda: faults.saved({"state_dict": {"w": torch.tensor([1.0, float("nan")])}}),
@@ -424,6 +429,9 @@ def test_weights_that_do_not_fit_reach_no_network(tmp_path, kind, message):
     before = {name: tensor.clone() for name, tensor in running.state_dict().items()}
     with pytest.raises(UserError, match=message):
         restore_network(running, load_checkpoint(tmp_path / "x"), tmp_path / "x")
+    for strange in ("text", None, {}, {"w": 1}, {1: torch.ones(1)}):
+        with pytest.raises(UserError):
+            restore_network(running, {"state_dict": strange}, "x")
     assert same(dict(running.state_dict()), before)
 
 
@@ -492,6 +500,33 @@ def test_optimizer_state_that_does_not_fit_is_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             restore_optimizer(sgd, {"optimizer": state}, "x")
         assert same(sgd.state_dict(), good)
+
+
+@dataclasses.dataclass
+class Counted:
+    epoch: int = 0
+    best: float = -1.0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def test_progress_comes_back_or_is_refused():
+    progress = Counted(3, 0.5, {"loss": 1.5, "samples": 7})
+    assert restore_fields(Counted, dataclasses.asdict(progress), "x", "progress") == progress
+    assert restore_fields(Counted, {"best": 1}, "x", "progress").best == 1
+    for values, message in [
+        (None, "does not hold epoch, best, sums"),
+        ([1], "does not hold"),
+        ({"more": 1}, "does not hold"),
+        ({"epoch": "one"}, "epoch = one"),
+        ({"epoch": -1}, "epoch = -1"),
+        ({"epoch": True}, "epoch = True"),
+        ({"epoch": 1.0}, "epoch = 1.0"),
+        ({"best": float("nan")}, "best = nan"),
+        ({"sums": {"loss": "x"}}, "sums"),
+        ({"sums": 3}, "sums = 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            restore_fields(Counted, values, "x", "progress")
 
 
 # ----------------------------------------------------------------------------- run folder

@@ -8,6 +8,7 @@ the process, each of these names stands for a complete file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -20,7 +21,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ LOG_COLUMNS = (
     "loss normal",
     "loss gradient",
 )
+Fields = TypeVar("Fields")
 CHECKPOINT = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 LOG = "log.txt"
@@ -376,17 +378,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "state_dict" not in checkpoint:
         keys = ", ".join(shown(key, 20) for key in list(checkpoint)[:5]) or "nothing"
         raise UserError(f"{path}: no 'state_dict' in it (it holds {keys})")
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path}: its 'state_dict' is not a dict of tensors")
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: 'state_dict' holds {shown(name)}, which is not a tensor")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(
-                f"{path}: weights are not finite ({bad} of {tensor.numel()} in {shown(name)} are "
-                f"NaN or infinite)"
-            )
+    _check_state(state, path)
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     checkpoint["state_dict"] = state
@@ -401,6 +393,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise UserError(f"{path}: 'arch' does not describe a network")
         _check_arch(path, arch, state)
     return checkpoint
+
+
+def _check_state(state: Any, path: str | os.PathLike[str]) -> None:
+    """A network's weights are finite tensors by name."""
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{path}: its weights are not a dict of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: its weights hold {shown(name)}, which is not a tensor")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{path}: weights are not finite ({bad} of {tensor.numel()} in {shown(name)} are "
+                f"NaN or infinite)"
+            )
 
 
 def _check_arch(path: str | os.PathLike[str], arch: dict[str, Any], state: dict[str, Any]) -> None:
@@ -467,6 +474,7 @@ def check_fits(
     Raises:
         UserError: names, shapes or kinds of numbers differ; says which network the file holds.
     """
+    _check_state(state, path)
     expected = network.state_dict()
     # Files of PyTorch before 0.4.1 have no such counter, and torch adds it by itself.
     missing = [
@@ -516,6 +524,35 @@ def _contrast(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         differing = []  # options of different networks say nothing about each other
     asked = {"name": found.get("name"), **asked}
     return f"holds {describe(found, differing)}, asked was {describe(asked, differing)}"
+
+
+def restore_fields(
+    kind: type[Fields], values: Any, path: str | os.PathLike[str], what: str
+) -> Fields:
+    """Build a dataclass from a dict in a checkpoint, whose names and types must be its own.
+
+    Args:
+        kind: a dataclass with a default for every field; the defaults' types are the allowed ones.
+        values: what the checkpoint holds, ``dataclasses.asdict`` of an earlier instance.
+        path: the checkpoint, for the message.
+        what: what it is, for the message.
+
+    Raises:
+        UserError: not a dict, unknown fields, values of another type, negative or infinite counts.
+    """
+    defaults = dataclasses.asdict(kind())
+    if not isinstance(values, dict) or not set(values) <= set(defaults):
+        raise UserError(f"{path}: its {what} does not hold {', '.join(defaults)}")
+    for name, value in values.items():
+        wanted = type(defaults[name])
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if (
+            (type(value) is not wanted and not (wanted is float and type(value) is int))
+            or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+            or (wanted is int and value < 0)
+        ):
+            raise UserError(f"{path}: its {what} holds {name} = {shown(value)}")
+    return kind(**values)
 
 
 def restore_network(
