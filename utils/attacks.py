@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.ball import Ball, ascend
+from utils.errors import UserError
 from utils.lfr import full_precision
 from utils.second_order import Kernels
 
@@ -233,13 +234,24 @@ def filled_up(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits_of(network: nn.Module, x: Tensor, kernels: Kernels | None = None) -> Tensor:
-    """Logits [N, classes] in float32; a row does not depend on the other rows."""
+    """Logits [N, classes] in float32; a row does not depend on the other rows.
+
+    Raises:
+        UserError: they are not finite, so that the largest means nothing.
+    """
     if not len(x):
         return network(x.new_zeros(1, *x.shape[1:]))[:0]
-    if kernels is None:
-        return full_precision(network(filled_up(x)))[: len(x)]
-    with kernels:
-        return full_precision(network(filled_up(x)))[: len(x)]
+    with nullcontext() if kernels is None else kernels:
+        logits = full_precision(network(filled_up(x)))[: len(x)]
+    _check_finite(logits)
+    return logits
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not bool(torch.isfinite(sum(tensor.sum() for tensor in tensors))):
+        raise UserError(
+            "the network's answer or its gradient is not finite; it cannot be evaluated"
+        )
 
 
 def misclassified(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -250,7 +262,12 @@ def misclassified(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def loss_and_gradient(
     network: nn.Module, x: Tensor, y: Tensor, kernels: Kernels
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, classes], cross-entropy [N] and its gradient by the images [N, C, H, W]."""
+    """Logits [N, classes], cross-entropy [N] and its gradient by the images [N, C, H, W].
+
+    Raises:
+        UserError: loss or gradient is not finite. Steps by the sign would silently stay where they
+            are, and the network would look robust.
+    """
     count = len(x)
     points = filled_up(x).detach().requires_grad_()
     labels = torch.cat((y, y[:1].expand(len(points) - count)))
@@ -260,6 +277,7 @@ def loss_and_gradient(
             losses = F.cross_entropy(logits, labels, reduction="none")
         with kernels.first_derivative():
             gradient = torch.autograd.grad(losses.sum(), points)[0]
+    _check_finite(losses, gradient)
     return logits[:count].detach(), losses[:count].detach(), gradient[:count]
 
 

@@ -32,7 +32,7 @@ from utils.attacks import (
     attack,
     family,
     gradient_budget,
-    logits_of,
+    misclassified,
     percent,
 )
 from utils.ball import Ball
@@ -261,10 +261,7 @@ def clean_verdicts(network: nn.Module, data: ImageSet, batch: int, here: World) 
     for start in starts:
         chosen = slice(start, start + batch)
         x = data.float_images(chosen).contiguous(memory_format=torch.channels_last)
-        logits = logits_of(network, x)
-        if not torch.isfinite(logits).all():
-            raise UserError("the network answers with nan or infinity; it cannot be evaluated")
-        right[chosen] = (logits.argmax(1) == data.labels[chosen]).double().cpu()
+        right[chosen] = (~misclassified(network, x, data.labels[chosen])).double().cpu()
     return _over_processes(right, here) > 0
 
 
