@@ -12,7 +12,7 @@ passes, forward, J^T u, J v, J^T w. That is what double backward itself comes to
 
 - the gradients of the weights, in the search, where nobody wants them, and in the first of the two
   differentiations of the penalty;
-- ReLU's second derivative, which PyTorch carries as tensors of zeros, one per layer;
+- the second derivatives of ReLU and max-pooling, which PyTorch carries as tensors of zeros;
 - BatchNorm by given statistics, which folds into the convolution before it;
 - the second derivative of a convolution by its weights, which PyTorch computes as a convolution
   with kernels as large as the image, and the layouts that its CPU kernels like less.
@@ -22,7 +22,7 @@ Smooth activations need no second path: autograd adds their second derivative by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -197,6 +197,52 @@ class _ReLUMask(Function):
         return _ReLUMask.apply(v, *ctx.saved_tensors), None
 
 
+class _MaxPool(Function):
+    """Max-pooling; PyTorch's own second derivative carries zeros for the part that has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Sequence[Any]) -> Tensor:
+        y, where = torch.ops.aten.max_pool2d_with_indices(x, *window)
+        ctx.save_for_backward(x, where)
+        ctx.window = window
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(grad, *ctx.saved_tensors, ctx.window), None
+
+
+class _Scatter(Function):
+    """grad, sent to where the maxima were; linear in grad."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, where: Tensor, window: Sequence[Any]) -> Tensor:
+        ctx.save_for_backward(x, where)
+        ctx.window = window
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *window, where)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Gather.apply(v, *ctx.saved_tensors, ctx.window), None, None, None
+
+
+class _Gather(Function):
+    """v, taken from where the maxima were: the transpose of :class:`_Scatter`."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, x: Tensor, where: Tensor, window: Sequence[Any]) -> Tensor:
+        ctx.save_for_backward(x, where)
+        ctx.window = window
+        # As rows of channels, which is how channels_last images lie in memory.
+        rows, index = v.permute(0, 2, 3, 1).flatten(1, 2), where.permute(0, 2, 3, 1)
+        taken = rows.gather(1, index.flatten(1, 2))
+        return taken.view(index.shape).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Scatter.apply(grad, *ctx.saved_tensors, ctx.window), None, None, None
+
+
 class _BatchNormWithStatistics(Function):
     """Train-mode BatchNorm that also returns its mean and 1 / deviation, both differentiable."""
 
@@ -259,6 +305,7 @@ class Kernels(TorchFunctionMode):
             torch.conv2d: self._conv2d,
             F.conv2d: self._conv2d,
             F.relu: self._relu,
+            F.max_pool2d: self._max_pool2d,
             F.batch_norm: self._batch_norm,
             conv_norm: self._conv_norm,
         }
@@ -307,6 +354,24 @@ class Kernels(TorchFunctionMode):
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         return _ReLU.apply(input)
+
+    def _max_pool2d(
+        self,
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor:
+        if return_indices or input.dim() != 4:
+            return F.max_pool2d(
+                input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+            )
+        size = _pair(kernel_size)
+        window = (size, _pair(stride or size), _pair(padding), _pair(dilation), ceil_mode)
+        return _MaxPool.apply(input, window)
 
     def _batch_norm(
         self,
