@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -74,12 +75,13 @@ COMMANDS = st.tuples(
 ).map(lambda parts: " ".join(filter(None, parts)))
 
 
+@functools.cache
 def few_digits(name, data_dir, train, **options):
     """Sixty digits, so that the measurements after the step do not take most of the time."""
     return load_dataset(name, data_dir, train, **options).head(60)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(COMMANDS)
 def test_any_valid_combination_runs(command):
     if "--defense igr" in command:  # LFR without steps, which refuses to be given some
