@@ -196,7 +196,8 @@ def mode_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) ->
             for x, y, _ in Batches(data, batch_size, shuffle=False):
                 with torch.no_grad():
                     correct += int((network(x).argmax(1) == y).sum())
-                steepness += float(flatness(network, x, y, ball, Kernels(frozen=True)).sum())
+                norms = flatness(network, x, y, ball, Kernels(frozen=True)).detach()
+                steepness += float(norms.sum())
         found[f"accuracy_{name}"] = 100 * correct / len(data)
         found[f"flatness_{name}"] = steepness / len(data)
     return found

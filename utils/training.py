@@ -28,7 +28,13 @@ from utils.defenses import Defense, DefenseLoss
 from utils.engine import Interrupted, Progress, evaluate, mode_gap, probe, train_one_epoch
 from utils.errors import UserError
 from utils.lfr import sharpest_point
-from utils.runs import RunFolder, load_checkpoint, restore_network, restore_optimizer
+from utils.runs import (
+    RunFolder,
+    load_checkpoint,
+    restore_fields,
+    restore_network,
+    restore_optimizer,
+)
 from utils.runtime import StopSignal, World, seed_everything, versions, world
 
 EXTRA_COLUMNS = (
@@ -201,18 +207,22 @@ class _Run:
     def _restore(self) -> None:
         """Everything the checkpoint holds; the original's hold weights, optimizer and epoch."""
         found, path = self.checkpoint, self.args.resume
-        state = found.get("training")
+        state, weights = found.get("training"), found["state_dict"]
         if state is None:
-            restore_network(self.network, found, path)
-            self.progress.epoch = int(found.get("epoch", 0))
+            self.progress.epoch = found.get("epoch", 0)
+        elif not isinstance(state, dict):
+            raise UserError(f"{path}: its 'training' is not the state of a run")
         else:
-            raw = state["weights"] if state.get("weights") is not None else found["state_dict"]
-            restore_network(self.network, {"state_dict": raw}, path)
-            self.progress = Progress(**state["progress"])
+            self.progress = restore_fields(Progress, state.get("progress"), path, "progress")
+            if self.progress.batch and not self.progress.sums.get("samples"):
+                raise UserError(f"{path}: its progress counts batches but no samples")
+            # The averaged weights are what is published: --evaluate looks at those.
+            if state.get("weights") is not None and not self.args.evaluate:
+                weights = state["weights"]
+        restore_network(self.network, {"state_dict": weights}, path)
         if self.average is not None:
-            self.average.module.load_state_dict(found["state_dict"])
-            if state is not None:
-                self.average.n_averaged.fill_(self.progress.step)
+            restore_network(self.average.module, found, path)
+            self.average.n_averaged.fill_(self.progress.step)
         if not self.args.evaluate:
             restore_optimizer(self.optimizer, found, path)
             # Where an old checkpoint's tensors lay in memory must not decide how fast we are.
@@ -409,7 +419,8 @@ class _Run:
         score = found.get("val_robust", found.get("val_accuracy", found["test_accuracy"]))
         parted = abs(found.get("gap", 0.0)) > PARTED
         names = []
-        if not parted and score > progress.best:
+        # The first epochs' running statistics lag behind: without a best yet, any is the best.
+        if score > progress.best and (not parted or progress.best < 0):
             progress.best = score
             names.append("model_best.pth.tar")
         if args.ckpt_interval and progress.epoch % args.ckpt_interval == 0:
