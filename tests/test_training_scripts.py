@@ -1,0 +1,545 @@
+"""The two training scripts as users type them: published commands, every choice, stop and resume.
+
+Starting Python and PyTorch takes seconds, so most commands run in this process: through the
+script's own ``main`` and exit path, with ``sys.argv`` as the shell would have filled it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cifar_defense
+import MNIST_defense
+from utils import training
+from utils.board import Board
+from utils.errors import run_script as finish
+from utils.options import parse_training
+from utils.runs import LOG_COLUMNS, load_checkpoint, load_network, read_log, save_checkpoint
+
+SCRIPTS = {"MNIST_defense.py": MNIST_defense, "cifar_defense.py": cifar_defense}
+PUBLISHED_COLUMNS = (
+    "Learning Rate|Train Loss|Valid Loss|Train Acc.|Valid Acc.|loss normal|loss gradient"
+).split("|")
+
+
+def make_image_folder(folder, mode: str, size: int, classes: int, train: int, test: int):
+    """``folder/{train,test}/<class>/*.png``: each class a brightness, with noise."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for label in range(classes):
+            place = folder / part / f"class{label}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                shape = (size, size) if mode == "L" else (size, size, 3)
+                pixels = random.integers(0, 120, shape) + 130 * label // classes
+                Image.fromarray(pixels.astype(np.uint8), mode=mode).save(place / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grey_folder(tmp_path_factory):
+    """16 x 16 grey images of 3 classes: 48 to train, 12 to test."""
+    return make_image_folder(tmp_path_factory.mktemp("grey"), "L", 16, 3, 16, 4)
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory):
+    """What CIFAR-10 looks like: 32 x 32 colour images of 10 classes, 2 + 1 of each."""
+    return make_image_folder(tmp_path_factory.mktemp("colour"), "RGB", 32, 10, 2, 1)
+
+
+@pytest.fixture(scope="session")
+def mnist_folder(tmp_path_factory):
+    """24 + 8 images in MNIST's own file format."""
+    raw = tmp_path_factory.mktemp("mnist") / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 24), ("t10k", 8)):
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, count))
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return raw.parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """``command("MNIST_defense.py --dataset digits ...")`` -> (exit code, stdout, stderr)."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(line: str, **places) -> tuple[int, str, str]:
+        words = [word.format(**places) for word in line.split()]
+        monkeypatch.setattr(sys, "argv", words)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            finish(SCRIPTS[words[0]].main)
+        out, err = capfd.readouterr()
+        now = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        assert now == handlers
+        return caught.value.code or 0, out, err
+
+    yield run
+    torch.set_flush_denormal(False)
+
+
+SHORT = (
+    "MNIST_defense.py --dataset folder --data_dir {data} --save_dir {save} --epochs 1 --max_steps 2"
+    " --train_batch 8 --val_size 8 --probe_size 8 --probe_steps 1 --num_steps 1 --threads 1"
+    " --test_batch 16"
+)
+RESNET = " --arch resnet --depth 8"
+
+
+# -- what a run leaves behind -------------------------------------------------------------------
+
+
+def test_a_newcomer_s_command(run_script, tmp_path):
+    """A run from the shell: its folder, its files, what they hold, and what it prints."""
+    flags = "--dataset digits --search fast --epochs 2 --max_steps 2 --ckpt_interval 1"
+    flags += " --train_batch 16 --probe_size 20"
+    done = run_script("MNIST_defense.py", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "no CUDA here, --gpu_id 0 not used" in done.stdout
+    assert "data: digits, 1294 training, 143 held-out and 360 test images" in done.stdout
+
+    folder = tmp_path / "digits" / "lr_0.01_lambada_0.02_rs_1000"
+    assert f"run folder: {folder.relative_to(tmp_path)}" in done.stdout
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    checkpoints = {f"{name}.pth.tar" for name in ("checkpoint", "model_best", "epoch1", "epoch2")}
+    assert names == {"log.txt", "args.json", "scalars", *checkpoints}
+    assert list((folder / "scalars").glob("events.out.tfevents.*"))
+
+    header, *rows = (folder / "log.txt").read_text().splitlines()
+    assert header.split("\t")[:7] == PUBLISHED_COLUMNS == list(LOG_COLUMNS)
+    log = read_log(folder / "log.txt")
+    assert len(rows) == 2 and log["Learning Rate"] == [0.01, 0.01]
+    assert all(math.isfinite(value) for name in PUBLISHED_COLUMNS for value in log[name])
+    total = [n + 0.02 * g for n, g in zip(log["loss normal"], log["loss gradient"])]
+    assert log["Train Loss"] == pytest.approx(total, rel=1e-5)
+
+    told = json.loads((folder / "args.json").read_text())
+    assert told["arguments"]["lambada"] == 0.02 and told["parameters"] == 312_202
+    assert told["command"].endswith(flags) and told["versions"]["torch"] == torch.__version__
+
+    checkpoint = load_checkpoint(folder / "checkpoint.pth.tar")
+    assert {"epoch", "state_dict", "acc", "best_acc", "optimizer"} <= set(checkpoint)
+    assert checkpoint["epoch"] == 2
+    assert not any(name.startswith("module.") for name in checkpoint["state_dict"])
+    network, _ = load_network(folder / "model_best.pth.tar")
+    assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_published_mnist_command(command, mnist_folder, tmp_path, monkeypatch):
+    """Word for word, plus --dry_run and where the data are."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(
+        "MNIST_defense.py --dataset MNIST --epochs 100 --lr 0.01 --gamma 0.1 --train_batch 128"
+        " --norm l_inf --epsilon 0.3 --step_size 0.01 --num_steps 40 --lambada 0.02 --gpu_id 1"
+        " --save_dir SavedModels --dry_run --data_dir {data}",
+        data=mnist_folder,
+    )
+    assert code == 0, err
+    assert "--gpu_id 1 not used" in out and " 1/1 " in out
+    folder = tmp_path / "SavedModels" / "MNIST" / "lr_0.01_lambada_0.02_rs_1000"
+    assert (folder / "model_best.pth.tar").is_file() and (folder / "log.txt").is_file()
+
+
+def test_the_published_cifar_command(command, colour_folder, tmp_path, monkeypatch):
+    """Word for word, plus --dry_run and where the data are."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(
+        "cifar_defense.py -a resnet --depth 20 --epochs 300 --schedule 150 250 --lambada 0.03"
+        " --gpu_id 3 --save_dir SavedModels --dry_run --data_dir {data}",
+        data=colour_folder,
+    )
+    assert code == 0, err
+    assert "--gpu_id 3 not used" in out and "data: cifar10 (image folder), 18 training" in out
+    folder = tmp_path / "SavedModels" / "cifar10" / "resnet_20_6" / "lr_0.1_lambada_0.03_rs_1000"
+    checkpoint = load_checkpoint(folder / "model_best.pth.tar")
+    assert (
+        sum(v.numel() for k, v in checkpoint["state_dict"].items() if "num_b" not in k) == 274_042
+    )
+
+
+CHOICES = [
+    *(f"--defense {name}" for name in ("igr --num_steps 0", "at", "trades --beta 2", "none")),
+    "--search fast",
+    "--norm l_2 --epsilon 1 --step_size 0.3",
+    *(f"--bn_mode {name}" + RESNET for name in ("shared", "batch", "running", "mixed")),
+    *(f"--activation {name}" for name in ("silu", "softplus", "gelu", "elu", "leaky_relu")),
+    "--norm_layer group" + RESNET,
+    "--norm_layer none" + RESNET,
+    "--arch resnet --depth 11 --block_name Bottleneck",
+    "--arch wrn --depth 10 --widen_factor 1 --drop 0.2",
+    "--optimizer_type Adam --lr 0.001 --weight_decay 0.001",
+    "--lr_schedule cosine --warmup 0.5 --ema 0.9",
+    "--lr_schedule onecycle --augment --drop 0.1",
+    "--schedule 1 --gamma 0.5 --momentum 0",
+    "--val_size 0 --probe_size 0 --image_interval 0 --ckpt_interval 0",
+    "--amp" + RESNET,
+    "--save_minutes 0.00001",
+    "--num_steps 0",
+    "--lambada 0",
+    "--epsilon 0",
+    "--train_batch 1000 --max_steps 0 --epochs 2",
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_runs(command, grey_folder, tmp_path, choice):
+    code, _, err = command(f"{SHORT} {choice}", data=grey_folder, save=tmp_path)
+    lines = [line for line in err.splitlines() if not line.startswith("warning: epoch ")]
+    assert code == 0 and not lines, err
+    assert next(tmp_path.rglob("model_best.pth.tar")).is_file()
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    saved = load_checkpoint(checkpoint)
+    assert all(v.isfinite().all() for v in saved["state_dict"].values())
+    network, _ = load_network(checkpoint)
+    assert network(torch.rand(1, 1, 16, 16)).shape == (1, 3)
+    log = read_log(checkpoint.parent / "log.txt")
+    assert all(math.isfinite(loss) for loss in log["Train Loss"])
+    measured = choice not in ("--defense at", "--defense none")
+    assert (log["loss gradient"][-1] > 0) == measured
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "folder/lr_0.01_lambada_0.02_rs_1000"),
+        ("--defense igr --manualSeed 7", "folder/igr_lr_0.01_lambada_0.02_rs_7"),
+        ("--defense at", "folder/at_lr_0.01_rs_1000"),
+        ("--defense trades", "folder/trades_lr_0.01_beta_6_rs_1000"),
+        ("--defense none --lr 0.1", "folder/none_lr_0.1_rs_1000"),
+        ("--arch resnet", "folder/resnet_20_8/lr_0.01_lambada_0.02_rs_1000"),
+        ("--dataset SVHN", "SVHN/wrn_16_8/lr_0.01_lambada_0.02_rs_1000"),
+        ("--checkpoint mine", None),
+    ],
+)
+def test_run_folders_have_the_published_names(flags, name):
+    words = f"--dataset folder --save_dir saved {flags}".split()
+    args = parse_training(MNIST_defense.DEFAULTS, words)
+    assert str(training.run_path(args)) == (f"saved/{name}" if name else "mine")
+
+
+def test_svhn_builds_the_wrn_16_8():
+    args = parse_training(MNIST_defense.DEFAULTS, ["--dataset", "SVHN"])
+    assert (args.arch, args.depth, args.widen_factor) == ("wrn", 16, 8)
+
+
+# -- stop, resume, evaluate -----------------------------------------------------------------------
+
+RESUMABLE = {
+    "small_cnn": "--drop 0.3",
+    "resnet": RESNET + " --augment --ema 0.9 --optimizer_type Adam --lr 0.002 --warmup 1.5",
+    "wrn": "--arch wrn --depth 10 --widen_factor 1 --drop 0.2 --lr_schedule onecycle --amp",
+}
+
+
+def stopped_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while it computes the given step."""
+    plain = Board.iteration
+
+    def iteration(self, now, values):
+        if now == step:
+            os.kill(os.getpid(), number)
+        plain(self, now, values)
+
+    monkeypatch.setattr(Board, "iteration", iteration)
+
+
+def without_seconds(checkpoint) -> dict:
+    parts = {
+        key: checkpoint[key]
+        for key in ("epoch", "state_dict", "acc", "best_acc", "optimizer", "training", "measured")
+    }
+    parts["training"]["progress"].pop("seconds")
+    return parts
+
+
+def assert_same(a, b, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+def assert_same_run(one, other) -> None:
+    """Two run folders hold the same weights, optimizer state, figures and log, bit for bit."""
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        found = [without_seconds(load_checkpoint(folder / name)) for folder in (one, other)]
+        assert_same(*found)
+    logs = [read_log(folder / "log.txt") for folder in (one, other)]
+    for log in logs:
+        log.pop("Seconds")
+    assert_same(*logs)
+
+
+@pytest.fixture(scope="module")
+def straight_runs(tmp_path_factory):
+    """Folders of the runs that were never stopped, made on first use."""
+    return {}, tmp_path_factory.mktemp("straight")
+
+
+# Within an epoch; in its last step; in the first step of the next one.
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [(name, step) for name in ("small_cnn", "resnet") for step in (1, 2, 3)] + [("wrn", 1)],
+)
+def test_resume_equals_the_straight_run(
+    command, grey_folder, tmp_path, monkeypatch, straight_runs, name, step
+):
+    known, place = straight_runs
+    flags = f"{SHORT} --epochs 2 --max_steps 0 --nlabel 32 {RESUMABLE[name]}"  # 3 steps an epoch
+    if name not in known:
+        code, _, err = command(flags, data=grey_folder, save=place / name)
+        assert code == 0, err
+        (known[name],) = (path.parent for path in (place / name).rglob("log.txt"))
+
+    places = {"data": grey_folder, "save": tmp_path}
+    with monkeypatch.context() as patch:
+        stopped_at(patch, step)
+        code, out, _ = command(flags, **places)
+    (stopped,) = (path.parent for path in tmp_path.rglob("log.txt"))
+    assert code == 128 + signal.SIGTERM
+    assert f"go on with the same flags and --resume {stopped / 'checkpoint.pth.tar'}" in out
+    code, out, err = command(f"{flags} --resume {stopped}", **places)
+    assert code == 0, err
+    assert "resumed from" in out and "other flags" not in out
+    assert_same_run(known[name], stopped)
+
+
+def test_sigterm_from_outside(run_script, grey_folder, tmp_path, command, root):
+    """A process of its own, stopped in the middle of an epoch: 143, and it says how to go on."""
+    flags = f"{SHORT} --epochs 40 --max_steps 0 --train_batch 8 --probe_size 0 --image_interval 0"
+    words = flags.format(data=grey_folder, save=tmp_path).split()[1:]
+    process = subprocess.Popen(
+        [sys.executable, str(root / "MNIST_defense.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    printed = []
+    try:
+        for line in process.stdout:
+            printed.append(line)
+            if " 1/40 " in line:
+                break
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    assert f"--resume {checkpoint}" in out.splitlines()[-1]
+    done = load_checkpoint(checkpoint)["training"]["progress"]
+    # The same command goes on from there; what remains is cut to the epoch that was running.
+    more = flags.replace("--epochs 40", f"--epochs {done['epoch'] + 1}") + f" --resume {checkpoint}"
+    code, out, err = command(more, data=grey_folder, save=tmp_path)
+    assert code == 0, err
+    assert "note: the checkpoint was written with other flags: --epochs 40 is now" in out
+    assert len(read_log(checkpoint.parent / "log.txt")["Train Loss"]) == done["epoch"] + 1
+
+
+def test_a_run_that_is_done_stays_done(command, grey_folder, tmp_path):
+    places = {"data": grey_folder, "save": tmp_path}
+    assert command(SHORT, **places)[0] == 0
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    before = checkpoint.read_bytes()
+    code, out, _ = command(f"{SHORT} --resume {checkpoint}", **places)
+    assert code == 0 and "nothing to do: 1 of 1 epochs are done" in out
+    assert checkpoint.read_bytes() == before
+    code, _, err = command(SHORT, **places)
+    assert code == 2 and "holds a run" in err and "--overwrite" in err
+    assert checkpoint.read_bytes() == before
+    code, _, err = command(SHORT + " --overwrite", **places)
+    assert code == 0, err
+    # The best score of the run survives a resume, so that a worse epoch does not replace it.
+    code, _, err = command(f"{SHORT} --epochs 2 --resume {checkpoint}", **places)
+    assert code == 0, err
+    assert (
+        load_checkpoint(checkpoint)["best_acc"]
+        >= load_checkpoint(checkpoint)["measured"]["val_robust"]
+    )
+
+
+@pytest.mark.parametrize("flags", ["", RESNET + " --ema 0.5 --lr 0.5"])
+def test_evaluate_only(command, grey_folder, tmp_path, flags):
+    """-e repeats the figures of the log's last line, and writes nothing."""
+    places = {"data": grey_folder, "save": tmp_path}
+    assert command(SHORT + flags, **places)[0] == 0
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    log = read_log(checkpoint.parent / "log.txt")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    # An averaged network's checkpoint holds the average as its state_dict: that is evaluated,
+    # whether or not --ema is given again.
+    flags = flags.replace(" --ema 0.5", "")
+    code, out, err = command(f"{SHORT}{flags} -e --resume {checkpoint}", **places)
+    assert code == 0, err
+    assert (
+        f"test: loss {log['Valid Loss'][0]:.4f}, clean accuracy {log['Valid Acc.'][0]:.2f} %" in out
+    )
+    assert f"robust accuracy {log['Test Robust Acc.'][0]:.2f} % (PGD-1, first 8)" in out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_original_s_checkpoint_is_a_start(command, mnist_folder, reference_dir, tmp_path):
+    """-e and further training from the original's file, prefix, CUDA tensors and all."""
+    path = reference_dir / "original_mnist.pth.tar"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    flags = (
+        "MNIST_defense.py --data_dir {data} --save_dir {save} --num_steps 1 --train_batch 16"
+        f" --probe_size 4 --probe_steps 1 --resume {path}"
+    )
+    places = {"data": mnist_folder, "save": tmp_path}
+    code, out, err = command(flags + " -e", **places)
+    assert code == 0 and "clean accuracy" in out, err
+    epoch = load_checkpoint(path)["epoch"]
+    code, out, err = command(f"{flags} --epochs {epoch + 1} --max_steps 1", **places)
+    assert code == 0 and f"after epoch {epoch}" in out, err
+
+
+def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):
+    found = []
+    for run, seed in enumerate((1, 1, 2)):
+        save = tmp_path / str(run)
+        line = f"{SHORT} --drop 0.2 --augment --manualSeed {seed}"
+        assert command(line, data=grey_folder, save=save)[0] == 0
+        found.append(without_seconds(load_checkpoint(next(save.rglob("checkpoint.pth.tar")))))
+    assert_same(found[0], found[1])
+    weight = "classifier.fc1.weight"
+    assert not torch.equal(found[0]["state_dict"][weight], found[2]["state_dict"][weight])
+
+
+def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):
+    """The step is named, what to change is said, and the checkpoint is that of the epoch before."""
+    places = {"data": grey_folder, "save": tmp_path}
+    flags = SHORT.replace("--max_steps 2", "--max_steps 5")
+    assert command(flags, **places)[0] == 0
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    before = checkpoint.read_bytes()
+    code, _, err = command(f"{flags} --epochs 2 --lr 1e30 --resume {checkpoint}", **places)
+    assert code == 2
+    line = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert line.startswith("MNIST_defense.py: error: the loss is ")
+    assert " of epoch 2 " in line and "lower --lr" in line and "Traceback" not in err
+    assert checkpoint.read_bytes() == before
+
+
+# -- mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "negative epsilon": ("--epsilon -0.1", "--epsilon: got '-0.1'"),
+    "zero batch size": ("--train_batch 0", "--train_batch: got '0'"),
+    "unknown dataset": ("--dataset cifar11", "--dataset"),
+    "unknown norm": ("--norm l_1", "allowed is l_inf, l_2"),
+    "unknown defense": ("--defense lfrr", "did you mean lfr?"),
+    "lambada nan": ("--lambada nan", "--lambada: got 'nan'"),
+    "schedule beyond the epochs": ("--schedule 5 --epochs 3", "goes beyond --epochs 3"),
+    "unknown flag": ("--lamdaba 1", "did you mean --lambda"),
+    "depth": ("--arch resnet --depth 21", "--depth 21 does not suit resnet"),
+    "missing checkpoint": ("--resume {tmp}/none.pth.tar", "none.pth.tar"),
+    "text as checkpoint": ("--resume {tmp}/text.pth.tar", "text.pth.tar"),
+    "truncated checkpoint": ("--resume {tmp}/cut.pth.tar", "cut.pth.tar"),
+    "empty checkpoint": ("--resume {tmp}/empty.pth.tar", "empty.pth.tar"),
+    "folder without a checkpoint": ("--resume {tmp}/void", "void"),
+    "another architecture": ("--arch resnet --depth 8 --resume {tmp}/good.pth.tar", "good.pth.tar"),
+    "another depth": ("--arch resnet --depth 14 --resume {tmp}/resnet.pth.tar", "resnet.pth.tar"),
+    "senseless training state": ("--resume {tmp}/odd.pth.tar", "odd.pth.tar"),
+    "senseless progress": ("--resume {tmp}/odd2.pth.tar", "odd2.pth.tar"),
+    "average of another shape": ("--ema 0.9 --resume {tmp}/odd3.pth.tar", "odd3.pth.tar"),
+    "evaluate nothing": ("-e", "--evaluate needs --resume"),
+    "save_dir is a file": ("--save_dir {tmp}/text.pth.tar", "text.pth.tar"),
+    "save_dir below a file": ("--save_dir {tmp}/text.pth.tar/x", "text.pth.tar"),
+    "no data": ("--data_dir {tmp}/nothing", "nothing"),
+    "empty image folder": ("--data_dir {tmp}/void", "void"),
+    "more labels than samples": ("--nlabel 4900", "--nlabel 4900: "),
+    "more validation than samples": ("--val_size 48", "48"),
+    "images too small": ("--data_dir {tmp}/small", "image_size is 8"),
+}
+
+
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory):
+    """Files that are not what a command needs."""
+    from models import build_model
+
+    tmp = tmp_path_factory.mktemp("mistakes")
+    (tmp / "void" / "train").mkdir(parents=True)
+    (tmp / "void" / "test").mkdir()
+    make_image_folder(tmp / "small", "L", 8, 2, 8, 2)
+    (tmp / "text.pth.tar").write_text("not a checkpoint\n")
+    (tmp / "empty.pth.tar").write_bytes(b"")
+    network = build_model("small_cnn", num_classes=3, image_size=16)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9).state_dict()
+    good = {"epoch": 0, "state_dict": network.state_dict(), "optimizer": optimizer}
+    save_checkpoint(tmp / "good.pth.tar", {**good, "arch": network.arch})
+    save_checkpoint(tmp / "odd.pth.tar", {**good, "training": 5})
+    progress = {"epoch": 0, "batch": "x", "colour": 3}
+    save_checkpoint(
+        tmp / "odd2.pth.tar", {**good, "training": {"progress": progress, "weights": None}}
+    )
+    progress = {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0, "sums": {}, "best": 0.0}
+    other = build_model("small_cnn", num_classes=4, image_size=16).state_dict()
+    averaged = {"progress": progress, "weights": network.state_dict()}
+    save_checkpoint(tmp / "odd3.pth.tar", {**good, "state_dict": other, "training": averaged})
+    cut = (tmp / "good.pth.tar").read_bytes()
+    (tmp / "cut.pth.tar").write_bytes(cut[: len(cut) // 2])
+    resnet = build_model("resnet", depth=8, num_classes=3, in_channels=1)
+    save_checkpoint(tmp / "resnet.pth.tar", {**good, "state_dict": resnet.state_dict()})
+    return tmp
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(command, grey_folder, mistakes, tmp_path, name):
+    flags, message = MISTAKES[name]
+    places = {"data": grey_folder, "save": tmp_path, "tmp": mistakes}
+    code, _, err = command(f"{SHORT} {flags}", **places)
+    assert code == 2
+    assert err.startswith("MNIST_defense.py: error: ") and err.count("\n") == 1, err
+    assert message in err
+
+
+def test_grey_images_where_colour_is_needed(command, grey_folder, tmp_path):
+    make_image_folder(tmp_path / "grey", "L", 32, 10, 2, 1)
+    code, _, err = command("cifar_defense.py --data_dir {data}", data=tmp_path / "grey")
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("cifar_defense.py: error: ") and "grey" in err
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("MNIST_defense.py", "--dataset digits --lambada nan"),
+        ("cifar_defense.py", "--data_dir /dev/null/nothing"),
+    ],
+)
+def test_mistakes_from_the_shell(run_script, tmp_path, script, flags):
+    done = run_script(script, *flags.split(), cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout.startswith("Traceback")
+    assert done.stderr.startswith(f"{script}: error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
