@@ -97,17 +97,13 @@ class Passes:
 
     @contextmanager
     def search(self) -> Iterator[Kernels]:
-        """The ascent to the sharpest points; the weights are constants."""
+        """The ascent to the sharpest points; the weights are constants, dropout is off."""
+        replay = None
         if self.bn_mode == "shared":
-            fixed = {key: (m.detach(), s.detach()) for key, (m, s) in self._statistics.items()}
-            with normalization(self.model, batch_statistics=False):
-                yield Kernels(replay=fixed, frozen=True)
-        elif self.bn_mode == "batch":
-            with normalization(self.model, batch_statistics=True):
-                yield Kernels(frozen=True)
-        else:
-            with mode(self.model, training=False):
-                yield Kernels(frozen=True)
+            replay = {key: (m.detach(), s.detach()) for key, (m, s) in self._statistics.items()}
+        with mode(self.model, training=False):
+            with normalization(self.model, batch_statistics=self.bn_mode == "batch"):
+                yield Kernels(replay=replay, frozen=True)
 
     @contextmanager
     def penalty(self) -> Iterator[Kernels]:
