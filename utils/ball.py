@@ -58,8 +58,12 @@ class Ball:
         """
         if self.norm == "l_inf":
             return gradient.sign()
-        length = gradient.flatten(1).norm(p=2, dim=1)
-        return gradient / _per_sample(length.clamp_min(torch.finfo(length.dtype).tiny), gradient)
+        # By the largest entry first: the squares of a vanishing gradient would be zero.
+        tiny = torch.finfo(gradient.dtype).tiny
+        largest = gradient.flatten(1).abs().amax(1).clamp_min(tiny)
+        scaled = gradient / _per_sample(largest, gradient)
+        length = scaled.flatten(1).norm(p=2, dim=1)
+        return scaled / _per_sample(length.clamp_min(tiny), gradient)
 
     def project(self, moved: Tensor, x: Tensor) -> Tensor:
         """The images in the ball around ``x`` and in [0, 1] that stand for ``moved``."""
@@ -117,7 +121,8 @@ def ascend(
     Returns:
         [N, C, H, W], detached, inside the ball and in [0, 1].
     """
-    moved = (x if start is None else start).detach()
+    x = x.detach()
+    moved = x if start is None else start.detach()
     momentum = torch.zeros_like(x) if decay is not None else None
     for _ in range(num_steps):
         direction = gradient(moved).detach()
