@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tools.thin_events import thin
 from utils.board import Board, draw_grid, event_files, records
 from utils.errors import UserError
 
@@ -184,6 +185,30 @@ def test_a_cut_file_keeps_its_records_byte_for_byte(tmp_path):
     after = [record for record, _ in records(event_files(tmp_path)[0].read_bytes())]
     assert 0 < len(after) < len(before)
     assert [record for record in before if record in set(after)] == after
+
+
+def test_thinned_events_keep_every_epoch_and_some_steps(tmp_path, straight):
+    board = Board(tmp_path / "run")
+    log(board, 0, STEPS + 3)
+    board.close()
+    resumed = Board(tmp_path / "run", next_epoch=2, next_iteration=STEPS)
+    log(resumed, STEPS, 3 * STEPS)
+    resumed.close()
+    thin(tmp_path / "run", tmp_path / "small", steps=5, pictures=2)
+    assert len(event_files(tmp_path / "small")) == 1
+    found = stream(tmp_path / "small")
+    assert set(found) == set(straight)
+    for tag, values in straight.items():
+        if tag.startswith("Loss_iter/"):
+            assert found[tag] == [values[step] for step in (0, 5, 10, 15, 20)]
+        elif tag.startswith("Images/"):
+            assert found[tag] == [values[0], values[-1]]
+        else:
+            assert found[tag] == values
+    with pytest.raises(UserError, match="holds event files"):
+        thin(tmp_path / "run", tmp_path / "small")
+    with pytest.raises(UserError, match="holds no event files"):
+        thin(tmp_path, tmp_path / "other")
 
 
 def test_a_board_without_a_folder_writes_nothing():
