@@ -65,10 +65,10 @@ KINDS = {
         "--optimizer_type Adam --lr 0.002 --ema 0.9 --warmup 1 --lr_schedule cosine"
     ).split(),
 }
-# 20 steps an epoch: the log's rows tell how far a run is
+# 40 steps an epoch: the log's rows tell how far a run is
 MEMORY = (
-    "--epochs 100 --train_batch 8 --num_steps 1 --step_size 0.1 --image_interval 10 "
-    "--ckpt_interval 10 --save_minutes 0.01"
+    "--epochs 50 --train_batch 4 --max_steps 40 --num_steps 1 --step_size 0.1 --image_interval 5 "
+    "--ckpt_interval 5 --save_minutes 0.02 --probe_size 8"
 ).split()
 
 
@@ -653,7 +653,8 @@ def torture_memory(place: Path, limit: float = 0.03) -> Count:
             with contextlib.suppress(OSError):
                 epochs = (folder / "log.txt").read_text().count("\n") - 1
                 pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1])
-                sizes[20 * epochs] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+                if pages:  # none: it has ended
+                    sizes[40 * epochs] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             time.sleep(0.02)
         problem = run.wait().success()
         if not problem:
