@@ -19,6 +19,7 @@ from utils.data import (
     Batches,
     ImageSet,
     canonical_name,
+    classes_in_turn,
     load_dataset,
     random_crop_flip,
     split_validation,
@@ -266,8 +267,8 @@ def test_image_folder(tmp_path, packed):
     data = load_dataset("folder", root, train=True, expected_channels=3)
     assert data.name == ("pets.zip" if packed else "pets") + " (image folder)"
     assert data.classes == ("cat", "dog")
-    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert np.array_equal(data.images[4].permute(1, 2, 0).numpy(), expected)
+    assert data.labels.tolist() == [0, 1, 0, 1, 0, 1]  # the classes take turns
+    assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), expected)
     assert len(load_dataset("folder", root, train=False)) == 6
 
 
@@ -486,3 +487,11 @@ def test_cifar10_from_the_zip_file(data_dir):
     assert data.images.shape == (10000, 3, 32, 32)
     assert data.classes[:3] == ("airplane", "automobile", "bird")
     assert torch.equal(data.labels.bincount(), torch.full((10,), 1000))
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes():
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 2])
+    order = classes_in_turn(labels)
+    assert labels[order].tolist() == [0, 1, 2, 0, 2, 0, 0]
+    assert order.tolist() == [0, 4, 5, 1, 6, 2, 3]
+    assert classes_in_turn(torch.tensor([2, 0, 2])).tolist() == [1, 0, 2]

@@ -192,6 +192,7 @@ def test_the_store_refuses_what_is_not_its_own(tmp_path):
     assert len(VerdictStore(path, {"seed": 0}).record("PGD", 5, ("robust",)).open_rows()) == 5
     other = VerdictStore(path, {"seed": 1})
     assert "not used" in other.note
+    assert json.loads(path.with_name(path.name + ".other").read_text())["key"] == {"seed": 0}
     assert len(other.record("PGD", 4, ("robust", "l2")).open_rows()) == 4
     for text in ("", "{", "[]", '{"key": {"seed": 0}, "records": {"PGD": 7}}'):
         path.write_text(text)

@@ -389,6 +389,7 @@ def load_dataset(
     For every name but ``digits``, an image folder ``{train,test}/<class>/*`` in ``data_dir``, in
     ``data_dir/<name>``, or inside a zip file ``data_dir/<name>*.zip`` is taken first; then
     torchvision's files in ``data_dir``; and if they are missing too, they are downloaded there.
+    The classes of an image folder take turns, so that its first N images are a fair sample.
 
     Args:
         name: one of :data:`DATASETS`, upper or lower case.
@@ -408,6 +409,8 @@ def load_dataset(
         if source is not None:
             channels = _KNOWN[name].channels if name in _KNOWN else expected_channels
             images, labels, classes = read_image_folder(source, train, channels)
+            order = classes_in_turn(labels)
+            images, labels = images[order], labels[order]
             kind = "image folder, JPEG" if source.is_jpeg else "image folder"
             shown = source.name if name == "folder" else name  # 'folder' would repeat itself
             imageset = ImageSet(f"{shown} ({kind})", images, labels, classes)
@@ -431,6 +434,26 @@ def load_dataset(
             f"your own"
         )
     return imageset
+
+
+def classes_in_turn(labels: Tensor) -> Tensor:
+    """The order in which the classes take turns: the first of each, the second of each, ...
+
+    A folder lists one class after the other, so that its first thousand images would know one or
+    two classes only. Within a class the order stays.
+
+    Args:
+        labels: int64 [N].
+
+    Returns:
+        Indices int64 [N].
+    """
+    by_class = labels.argsort(stable=True)
+    sizes = labels.bincount()
+    starts = sizes.cumsum(0) - sizes
+    turn = torch.empty_like(labels)
+    turn[by_class] = torch.arange(len(labels)) - starts.repeat_interleave(sizes)
+    return (turn * len(sizes) + labels).argsort()
 
 
 def _load_digits(train: bool) -> ImageSet:

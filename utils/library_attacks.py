@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from utils.attacks import filled_up, frozen, misclassified, verify
+from utils.attacks import SQUARE_QUERIES, filled_up, frozen, misclassified, verify
 from utils.ball import Ball
 from utils.errors import UserError
 from utils.lfr import full_precision
@@ -109,6 +109,7 @@ def run_library(
     ball: Ball,
     *,
     seed: int,
+    queries: int = SQUARE_QUERIES,
     on_stage: Callable[[str, int], None] = lambda stage, standing: None,
 ) -> Verdicts:
     """AutoAttack (standard version) or Square on one chunk of images.
@@ -119,6 +120,7 @@ def run_library(
         name: a key of :data:`STAGES`.
         ball: norm and epsilon.
         seed: of this chunk. The verdicts are a function of it and of the chunk.
+        queries: of Square, per image.
         on_stage: called before each stage with its name and the number of images standing.
 
     Raises:
@@ -154,6 +156,7 @@ def run_library(
             library.attacks_to_run = [stage]
             library.apgd_targeted.n_target_classes = min(9, classes - 1)
             library.fab.n_target_classes = min(9, classes - 1)
+            library.square.n_queries = queries
             moved, _ = library.run_standard_evaluation(centre, label, batch_size=len(centre))
             verify(moved, centre, ball)
             broken = standing[misclassified(network, moved, label)]

@@ -7,6 +7,7 @@ It is bound to everything that the verdicts depend on; another evaluation's is n
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,11 @@ class VerdictStore:
             found = json.loads(self.path.read_text("utf-8"))
             if found["key"] == self.key:
                 return dict(found["records"])
-            self.note = f"{self.path}: of another evaluation, not used"
+            # Hours of work, perhaps, that a mistyped flag must not wipe out.
+            kept = self.path.with_name(self.path.name + ".other")
+            if self.write:
+                os.replace(self.path, kept)
+            self.note = f"{self.path}: of another evaluation, not used and kept as {kept.name}"
         except (OSError, ValueError, KeyError, TypeError):
             self.note = f"{self.path}: cannot be read, not used"
         return {}
