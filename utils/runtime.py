@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 
 from utils.errors import UserError
 
@@ -133,7 +133,7 @@ def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": metadata.version("torchvision"),  # importing it takes seconds
         "numpy": np.__version__,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
