@@ -22,7 +22,7 @@ from utils.errors import UserError, run_script
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON = "0.15"
 TRAINING = (
-    "MNIST_defense.py --dataset digits --epochs 9 --train_batch 32 --lr 0.05 "
+    "MNIST_defense.py --dataset digits --epochs 8 --train_batch 32 --lr 0.05 "
     f"--lr_schedule onecycle --epsilon {EPSILON} --probe_size 64 --overwrite"
 )
 DEFENSES = {
@@ -31,7 +31,7 @@ DEFENSES = {
 }
 EVALUATION = (
     f"MNIST_eval.py --dataset digits --attack_method FGSM PGD --epsilon {EPSILON} "
-    "--num_steps 40 --step_size 0.01"
+    "--num_steps 20 --step_size 0.02"
 )
 
 
@@ -60,7 +60,7 @@ def main() -> int:
         checkpoint = str(folder / "checkpoint.pth.tar")
         run([*EVALUATION.split(), "--model_path", checkpoint, "--output", str(output)])
         results[name] = json.loads((ROOT / output).read_text())
-    print(f"\n{'':12} {'clean':>7} {'FGSM':>7} {'PGD-40':>7}   accuracy (%) on the 360 test digits")
+    print(f"\n{'':12} {'clean':>7} {'FGSM':>7} {'PGD-20':>7}   accuracy (%) on the 360 test digits")
     for name, result in results.items():
         by_attack = result["attacks"]
         figures = [by_attack["PGD"]["clean_accuracy"]]
