@@ -40,6 +40,10 @@ _MAX_TOTAL_BYTES = 64 << 30
 _CACHE_SECONDS = 3.0
 
 
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
 class ImageFolder(ABC):
     """Where the images are: see :func:`find_image_folder`.
 
@@ -78,18 +82,14 @@ class ImageFolder(ABC):
 
     def images(self, part: str, class_name: str) -> list[str]:
         """Names of the image files of a class, sorted."""
-        return [
-            file
-            for file in self.entries(part, class_name)
-            if PurePosixPath(file).suffix.lower() in _FORMATS
-        ]
+        return [file for file in self.entries(part, class_name) if _suffix(file) in _FORMATS]
 
     @property
     def is_jpeg(self) -> bool:
         """Whether all images are JPEGs, which are not quite the lossless originals."""
         part = "train" if self.has("train") else "test"
         return all(
-            _FORMATS[PurePosixPath(file).suffix.lower()] == "JPEG"
+            _FORMATS[_suffix(file)] == "JPEG"
             for class_name in self.classes(part)
             for file in self.images(part, class_name)
         )
@@ -128,7 +128,7 @@ class _Unpacked(ImageFolder):
         return path.read_bytes()
 
     def state(self, part: str, class_name: str, file: str) -> tuple[int, int]:
-        status = os.stat(self.root / part / class_name / file)
+        status = os.stat(f"{self.root}/{part}/{class_name}/{file}")  # pathlib takes 10 times longer
         return status.st_size, status.st_mtime_ns
 
 
