@@ -317,6 +317,20 @@ def test_the_only_random_numbers_are_those_of_the_start():
     assert torch.equal(found, again)
 
 
+def test_the_search_never_drops_out():
+    """Dropout is for the losses; the points searched for are those of the whole network."""
+    network, x = small_cnn(drop=0.5), torch.rand(2, 1, 16, 16)
+    y, options = torch.tensor([1, 7]), {"step_size": 0.05, "num_steps": 2, "start": x}
+    ball = Ball("l_inf", 0.1)
+    expected = sharpest_point(network.eval(), x, y, ball, **options)
+    network.train()
+    assert torch.equal(sharpest_point(network, x, y, ball, **options), expected)
+    terms = [lfr_loss(network, x, y, ball, lambada=0.1, **options) for _ in range(2)]
+    assert all(torch.equal(t.sharpest, expected) for t in terms)
+    assert terms[0].natural_loss != terms[1].natural_loss
+    assert terms[0].flatness != terms[1].flatness
+
+
 # -- derivatives ----------------------------------------------------------------------------------
 
 
