@@ -117,6 +117,7 @@ def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
     try:
         yield here
     finally:
+        torch.set_flush_denormal(False)
         if size > 1:
             dist.destroy_process_group()
 
