@@ -185,7 +185,7 @@ class Run:
         self.wait()
         return self.code == -signal.SIGKILL
 
-    def wait(self, timeout: float = 600) -> Ended:
+    def wait(self, timeout: float = 1800) -> Ended:
         deadline = time.monotonic() + timeout
         while self.running():
             if time.monotonic() > deadline:
@@ -440,7 +440,7 @@ def torture_files(place: Path, mutations: int, draw: random.Random) -> Count:
     def evaluate() -> Ended:
         flags = "--dataset folder --attack_method FGSM --num_examples 4".split()
         data = ("--data_dir", os.environ["LFR_TORTURE_DATA"])
-        return Run([EVALUATE, "--model_path", path, *data, *flags]).wait(120)
+        return Run([EVALUATE, "--model_path", path, *data, *flags]).wait()
 
     usual = evaluate()
     count.check(usual.success())
@@ -497,13 +497,13 @@ def torture_files(place: Path, mutations: int, draw: random.Random) -> Count:
         "weights of another network": {"progress": {"epoch": 0}, "weights": {"a": torch.ones(1)}},
     }.items():
         save_checkpoint(path, {**content, "training": training})
-        ended = train(place / "resumed", "small_cnn", "--resume", path).wait(120)
+        ended = train(place / "resumed", "small_cnn", "--resume", path).wait()
         problem = ended.one_line(str(path))
         count.check(problem and f"{name}: {problem}")
         shutil.rmtree(place / "resumed", ignore_errors=True)
     for name, optimizer in {"no optimizer": None, "optimizer of text": "SGD"}.items():
         save_checkpoint(path, {**content, "optimizer": optimizer})
-        ended = train(place / "resumed", "small_cnn", "--resume", path).wait(120)
+        ended = train(place / "resumed", "small_cnn", "--resume", path).wait()
         problem = ended.one_line(str(path))
         count.check(problem and f"{name}: {problem}")
         shutil.rmtree(place / "resumed", ignore_errors=True)
