@@ -124,7 +124,7 @@ def _fgsm_not_stronger(some: _Examined, budget: Budget, robust: Tensor) -> Check
     fgsm, pgd = some.accuracy(one_step), percent(int(robust.sum()), len(robust))
     return _check(
         "FGSM is not stronger than PGD",
-        fgsm >= pgd,
+        fgsm >= pgd - percent(1, len(robust)),  # one image may go the other way
         f"accuracy {fgsm:.1f} % under FGSM, {pgd:.1f} % under PGD",
         fgsm=fgsm,
         pgd=pgd,
