@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv install demo test lint format torture benchmark reproduce-mnist reproduce-cifar clean
+.PHONY: help venv install demo test lint format torture benchmark clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,12 +55,6 @@ torture: $(DEV)  ## kill, corrupt and starve runs; minutes
 
 benchmark: $(RUN)  ## the search and the training step against a plain implementation
 	$(BIN)/python -m benchmarks.benchmark $(ARGS)
-
-reproduce-mnist: $(RUN)  ## train and evaluate the MNIST model of the README
-	$(BIN)/python -m tools.reproduce mnist $(ARGS)
-
-reproduce-cifar: $(RUN)  ## train and evaluate the CIFAR-10 model of the README
-	$(BIN)/python -m tools.reproduce cifar $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -83,8 +83,8 @@ CASES = (
         10,
         0.03,
         0.1,
-        0.031,
-        1,
+        0.02,
+        2,
     ),
 )
 
@@ -99,6 +99,14 @@ def images(case: Case, data_dir: Path, count: int) -> tuple[Tensor, Tensor, str]
         coarse = torch.rand(count, case.shape[0], 7, 7, generator=generator)
         x = F.interpolate(coarse, case.shape[1:], mode="bilinear")
         return x, torch.randint(0, 10, (count,), generator=generator), "random smooth images"
+
+
+def fresh(case: Case) -> nn.Module:
+    """An untrained network whose last layer is not zero, as SmallCNN's is: zero has no gradient."""
+    network = build_model(**case.arch)
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    last.reset_parameters()
+    return network
 
 
 def pair(network: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -141,7 +149,7 @@ def compare(
 def steepness(network: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> float:
     """Mean gradient norm at ``x``, network in eval mode."""
     network.eval()
-    return float(flatness(network, x, y, ball, Kernels(frozen=True)).mean())
+    return float(flatness(network, x, y, ball, Kernels(frozen=True)).detach().mean())
 
 
 def search(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:
@@ -374,6 +382,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts")
     parser.add_argument("--networks", nargs="+", choices=[c.name for c in CASES], default=None)
+    parser.add_argument(
+        "--weights",
+        nargs="*",
+        choices=["fresh"],
+        default=["fresh"],
+        help="untrained weights besides the checkpoints; --weights alone leaves them out",
+    )
     parser.add_argument("--pairs", type=int, default=5, help="counted pairs of runs")
     parser.add_argument("--batch", type=int, default=128, help="samples")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = PyTorch's choice")
@@ -405,10 +420,12 @@ def main() -> int:
         x, y, what = images(case, args.data_dir, args.batch)
         print(f"{case.name}: {len(x)} images of {what}", flush=True)
         torch.manual_seed(0)
-        networks = {"fresh": build_model(**case.arch)}
+        networks = {}
         path = args.mnist if case.dataset == "MNIST" else args.cifar
         if path is not None:
             networks["trained"] = load_network(path, device="cpu")[0]
+        if "fresh" in args.weights:
+            networks["fresh"] = fresh(case)
         table = results["cases"][case.name] = {}
         for weights, network in networks.items():
             parts = table[weights] = {}
