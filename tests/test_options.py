@@ -127,7 +127,7 @@ def test_published_defaults(defaults, published):
         "gamma": 0.1,
         "train_batch": 128,
         "test_batch": 128,
-        "workers": 4,
+        "workers": None,
         "momentum": 0.9,
         "optimizer_type": "SGD",
         "norm": "l_inf",

@@ -67,7 +67,8 @@ def main() -> int:
         figures += [by_attack[attack]["robust_accuracy"] for attack in ("FGSM", "PGD")]
         print(f"{name:12} " + " ".join(f"{value:7.1f}" for value in figures))
     print(f"l_inf ball of radius {EPSILON}; {time.monotonic() - started:.0f} seconds in all")
-    print(f"watch the curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {args.runs_dir}")
+    tensorboard = Path(sys.executable).parent / "tensorboard"
+    print(f"watch the curves: {tensorboard} --logdir {args.runs_dir}")
     return 0
 
 

@@ -101,9 +101,9 @@ class Passes:
         replay = None
         if self.bn_mode == "shared":
             replay = {key: (m.detach(), s.detach()) for key, (m, s) in self._statistics.items()}
-        with mode(self.model, training=False):
-            with normalization(self.model, batch_statistics=self.bn_mode == "batch"):
-                yield Kernels(replay=replay, frozen=True)
+        on_batch = self.bn_mode == "batch"
+        with mode(self.model, False), normalization(self.model, batch_statistics=on_batch):
+            yield Kernels(replay=replay, frozen=True)
 
     @contextmanager
     def penalty(self) -> Iterator[Kernels]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from utils.ball import NORMS
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 ACTIVATIONS = ("relu", "silu", "softplus", "gelu", "elu", "leaky_relu")
 ATTACKS = ("FGSM", "PGD", "MPGD", "JSMA", "DDNL2", "point-wise", "AutoAttack", "Square")
@@ -250,9 +250,7 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr, exit code 2."""
         # "argument --train_batch/--train-batch: ..." -> "--train_batch: ..."
         message = re.sub(r"^argument (?:\S+/)*?(--[^/-][^/:]*)(?:/\S+)*:", r"\1:", message)
-        line = " ".join(message.split())
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        self.exit(2, f"{self.prog}: error: {line}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Only the values that the command line really holds, by destination."""
@@ -317,8 +315,6 @@ def _add_data_flags(group: _Group, datasets: Sequence[str], dataset: str) -> Non
     group.choice("-d --dataset", datasets, dataset, "dataset")
     group.value("--data_dir", path, "DIR", "./data",
         "where the data are or are downloaded to; also an image folder {train,test}/<class>/*")
-    group.value("-j --workers", integer(0, 256), "THREADS", 4,
-        "threads that decode an image folder; all else is held in memory and needs none")
 
 
 def _add_network_flags(group: _Group, archs: Sequence[str], defaults: Mapping[str, Any]) -> None:
@@ -359,6 +355,8 @@ def add_training_options(parser: Parser, defaults: TrainingDefaults) -> None:
     """Add every flag of a training script to ``parser``."""
     data = _Group(parser, "data")
     _add_data_flags(data, defaults.datasets, defaults.dataset)
+    data.value("-j --workers", integer(0, 256), "N", None,
+        "accepted for the sake of old commands: the data are in memory, no workers are needed")
     data.value("--nlabel", positive_int, "SAMPLES", None,
         "use the first N training samples only (default: all, 50000 on CIFAR)")
     data.value("--val_size", non_negative_int, "SAMPLES", None,

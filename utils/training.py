@@ -240,6 +240,8 @@ class _Run:
             f"{len(self.val_set) if self.val_set is not None else 0} held-out and "
             f"{len(self.test_set)} test images"
         )
+        if args.workers is not None:
+            here.say(f"note: --workers {args.workers} starts nothing, the data are in memory")
         if args.evaluate:
             return self._evaluate_only()
         with ExitStack() as stack:
