@@ -22,11 +22,11 @@ from utils.errors import UserError, run_script
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON = "0.15"
 TRAINING = (
-    "MNIST_defense.py --dataset digits --epochs 8 --train_batch 32 --lr 0.05 "
+    "MNIST_defense.py --dataset digits --epochs 6 --train_batch 32 --lr 0.05 "
     f"--lr_schedule onecycle --epsilon {EPSILON} --probe_size 64 --overwrite"
 )
 DEFENSES = {
-    "LFR": "--defense lfr --search fast --num_steps 2 --step_size 0.1 --lambada 0.05 --warmup 5",
+    "LFR": "--defense lfr --search fast --num_steps 2 --step_size 0.1 --lambada 0.05 --warmup 3",
     "undefended": "--defense none",
 }
 EVALUATION = (
