@@ -61,11 +61,11 @@ def colour_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mnist_folder(tmp_path_factory):
-    """24 + 8 images in MNIST's own file format."""
+    """13 + 4 images in MNIST's own file format."""
     raw = tmp_path_factory.mktemp("mnist") / "MNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)
-    for part, count in (("train", 24), ("t10k", 8)):
+    for part, count in (("train", 13), ("t10k", 4)):
         header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
         pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
