@@ -70,7 +70,7 @@ CASES = (
         40,
         0.02,
         0.01,
-        0.14,
+        0.3,
         3,
     ),
     Case(
@@ -83,7 +83,7 @@ CASES = (
         10,
         0.03,
         0.1,
-        0.02,
+        0.062,
         2,
     ),
 )
@@ -181,11 +181,13 @@ def search(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> 
     with torch.no_grad():
         forward, _, _ = compare(lambda: plain(x), lambda: ours(rows), 2 * pairs, "forward")
     fast = run_ours("fast", case.fast_step_size, case.fast_num_steps)
+    exact_a, exact_b = in_float64(case, network, x[:16], y[:16], start[:16])
     steep = steepness(ours, a, y, ball)
     step = found["ours_seconds"] / case.num_steps
     return {
         **found,
-        "sign_agreement": float(((a - x).sign() == (b - x).sign()).float().mean()),
+        "sign_agreement": agreement(a, b, x),
+        "sign_agreement_float64": agreement(exact_a, exact_b, x[:16]),
         "flatness_plain": steep,
         "flatness_ratio": steepness(ours, b, y, ball) / steep,
         "fast_flatness_ratio": steepness(ours, fast, y, ball) / steep,
@@ -194,6 +196,23 @@ def search(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> 
         "passes_per_step": step / forward["ours_seconds"],
         "passes_per_step_plain": found["plain_seconds"] / case.num_steps / forward["plain_seconds"],
     }
+
+
+def agreement(a: Tensor, b: Tensor, x: Tensor) -> float:
+    """Share of the pixels that two searches moved to the same side of ``x``."""
+    return float(((a - x).sign() == (b - x).sign()).float().mean())
+
+
+def in_float64(
+    case: Case, network: nn.Module, x: Tensor, y: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The points of the plain search and of ours where rounding decides no sign."""
+    network = copy.deepcopy(network).double().eval()
+    x, start, ball = x.double(), start.double(), Ball("l_inf", case.epsilon)
+    size, number = case.step_size, case.num_steps
+    plain = reference.sharpest_point(network, x, y, start, case.epsilon, size, number)
+    options = {"step_size": size, "num_steps": number, "start": start}
+    return plain, sharpest_point(network, x, y, ball, **options)
 
 
 def step(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:
@@ -362,7 +381,8 @@ def rows(parts: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
             (
                 "search, paper",
                 f,
-                f"signs {100 * f['sign_agreement']:.2f} %, flatness "
+                f"signs {100 * f['sign_agreement']:.2f} % (float64 "
+                f"{100 * f['sign_agreement_float64']:.2f} %), flatness "
                 f"{100 * f['flatness_ratio']:.1f} %, {f['passes_per_step']:.1f} passes a step "
                 f"(plain {f['passes_per_step_plain']:.1f}); fast reaches "
                 f"{100 * f['fast_flatness_ratio']:.1f} %",

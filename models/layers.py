@@ -16,18 +16,23 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "softplus": lambda: nn.Softplus(beta=10),
 }
+MONOTONE = ("relu", "leaky_relu", "elu", "softplus")  # these commute with max-pooling
 NORM_LAYERS = ("batch", "group", "none")
 
 
-def activation_layer(name: str) -> nn.Module:
+def activation_layer(name: str, inplace: bool = False) -> nn.Module:
     """The activation called ``name``. Softplus has beta 10: a ReLU rounded over about +-0.2.
+
+    Args:
+        inplace: nobody needs the input again; ReLU then overwrites it, which spares a large image
+            the trip through memory that costs as much as the arithmetic on it.
 
     Raises:
         ValueError: unknown name.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}, allowed are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]()
+    return nn.ReLU(inplace) if name == "relu" else ACTIVATIONS[name]()
 
 
 def norm_layer(name: str, channels: int) -> nn.Module:

@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=norm == "none")
         self.bn1 = build_norm(norm, width)
-        self.relu = activation_layer(activation)
+        self.relu = activation_layer(activation, inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=norm == "none")
         self.bn2 = build_norm(norm, width)
         self.downsample = _projection(inputs, width, stride, norm)
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
         """[N, inputs, H, W] -> [N, width, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else conv_norm(x, *self.downsample)
         out = self.relu(conv_norm(x, self.conv1, self.bn1))
-        return self.relu(conv_norm(out, self.conv2, self.bn2) + shortcut)
+        return self.relu(conv_norm(out, self.conv2, self.bn2).add_(shortcut))
 
 
 class Bottleneck(nn.Module):
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
         self.bn2 = build_norm(norm, width)
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=norm == "none")
         self.bn3 = build_norm(norm, outputs)
-        self.relu = activation_layer(activation)
+        self.relu = activation_layer(activation, inplace=True)
         self.downsample = _projection(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
         shortcut = x if self.downsample is None else conv_norm(x, *self.downsample)
         out = self.relu(conv_norm(x, self.conv1, self.bn1))
         out = self.relu(conv_norm(out, self.conv2, self.bn2))
-        return self.relu(conv_norm(out, self.conv3, self.bn3) + shortcut)
+        return self.relu(conv_norm(out, self.conv3, self.bn3).add_(shortcut))
 
 
 def _projection(inputs: int, outputs: int, stride: int, norm: str) -> nn.Sequential | None:
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
         count = (depth - 2) // per_n
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=norm_layer == "none")
         self.bn1 = build_norm(norm_layer, 16)
-        self.relu = activation_layer(activation)
+        self.relu = activation_layer(activation, inplace=True)
         channels = 16
         for stage, width in enumerate((16, 32, 64)):
             blocks = []

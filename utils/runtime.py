@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import random
@@ -108,6 +109,7 @@ def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    _keep_freed_memory()
     # oneDNN and MKL are slow on denormal numbers, which vanishing gradients produce in masses.
     torch.set_flush_denormal(True)
     here = World(device, rank, size)
@@ -120,6 +122,21 @@ def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
         torch.set_flush_denormal(False)
         if size > 1:
             dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, for the next batch.
+
+    It returns blocks of a few megabytes to the system at once, and the system clears every page
+    again when the next batch asks for them: a quarter of the time of a forward pass on MNIST.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:

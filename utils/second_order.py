@@ -174,14 +174,16 @@ class _GradientOfWeight(Function):
 
 class _ReLU(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp_min(0)
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        y = x.clamp_min_(0) if inplace else x.clamp_min(0)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _ReLUMask.apply(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ReLUMask.apply(grad, *ctx.saved_tensors), None
 
 
 class _ReLUMask(Function):
@@ -353,7 +355,7 @@ class Kernels(TorchFunctionMode):
         return _Convolution.apply(x, weight, bias, geo, self)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
-        return _ReLU.apply(input)
+        return _ReLU.apply(input, inplace)
 
     def _max_pool2d(
         self,
