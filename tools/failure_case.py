@@ -1,0 +1,260 @@
+"""The failure case: run the experiments, keep their logs, draw the curves, print the table.
+
+python -m tools.failure_case run --data_dir DATA --jobs 2     every variant, three seeds (hours)
+python -m tools.failure_case run --data_dir DATA --only mixed shared --seeds 1000
+python -m tools.failure_case table                             from the logs that are kept
+python -m tools.failure_case draw --output images/failure_case.png
+
+One thing is changed at a time. ``run`` calls `cifar_defense.py` as a user would, one process to a
+variant and seed, goes on where a stopped run was, and copies each finished run's log to
+`docs/failure_case/`, from which ``table`` and ``draw`` work alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.errors import UserError, run_script
+from utils.runs import CHECKPOINT, read_log, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "docs" / "failure_case"
+SEEDS = (1000, 1001, 1002)
+
+# Small enough for an evening, large enough to collapse: see docs/failure_case.md for the choice.
+COMMON = (
+    "cifar_defense.py --dataset folder -a resnet --depth 8 --nlabel 6912 --val_size 512 "
+    "--lr 0.1 --lr_schedule constant --lambada 0.05 --search paper --num_steps 3 --step_size 0.02 "
+    "--image_interval 0 --ckpt_interval 0 --test_batch 512"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: what is changed, and in which group it stands."""
+
+    name: str
+    flags: str
+    says: str
+
+
+VARIANTS = (
+    Variant("mixed", "--bn_mode mixed", "the original's mix of modes"),
+    Variant("shared", "--bn_mode shared", "all on the clean batch's statistics (the default)"),
+    Variant("batch", "--bn_mode batch", "each on its own batch's statistics"),
+    Variant("running", "--bn_mode running", "all on running statistics"),
+    Variant("group", "--bn_mode mixed --norm_layer group", "GroupNorm"),
+    Variant("none", "--bn_mode mixed --norm_layer none --lr 0.02", "no normalisation"),
+    Variant("mixed_silu", "--bn_mode mixed --activation silu", "mixed, SiLU"),
+    Variant("mixed_softplus", "--bn_mode mixed --activation softplus", "mixed, softplus"),
+    Variant("shared_silu", "--bn_mode shared --activation silu", "shared, SiLU"),
+    Variant("shared_softplus", "--bn_mode shared --activation softplus", "shared, softplus"),
+    Variant("mixed_fast", "--bn_mode mixed --search fast", "mixed, loss ascent"),
+    Variant("shared_fast", "--bn_mode shared --search fast", "shared, loss ascent"),
+)
+
+
+def kept_log(variant: Variant, seed: int) -> Path:
+    """Where the log of a finished run lies."""
+    return KEPT / f"{variant.name}_{seed}.tsv"
+
+
+def command(variant: Variant, seed: int, args: argparse.Namespace) -> list[str]:
+    """The command of one run."""
+    folder = Path(args.runs_dir) / f"{variant.name}_{seed}"
+    words = [*COMMON.split(), *variant.flags.split()]
+    words += ["--epochs", str(args.epochs), "--manualSeed", str(seed)]
+    words += ["--data_dir", str(args.data_dir), "--checkpoint", str(folder)]
+    words += ["--threads", str(args.threads)]
+    if (folder / CHECKPOINT).exists():
+        words += ["--resume", str(folder / CHECKPOINT)]
+    return words
+
+
+def run_one(variant: Variant, seed: int, args: argparse.Namespace) -> str | None:
+    """Train one variant with one seed; returns what went wrong, if anything did."""
+    words = command(variant, seed, args)
+    folder = Path(args.runs_dir) / f"{variant.name}_{seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.out", "a", encoding="utf-8") as out:
+        print(f"$ python {shlex.join(words)}", file=out, flush=True)
+        ended = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False
+        )
+    if ended.returncode:
+        return f"{variant.name}, seed {seed}: exit code {ended.returncode}, see {out.name}"
+    write_atomic(kept_log(variant, seed), (folder / "log.txt").read_bytes())
+    return None
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Every variant and seed that has no log yet."""
+    chosen = pick(args.only)
+    args.data_dir, args.runs_dir = args.data_dir.resolve(), args.runs_dir.resolve()
+    waiting = [(v, seed) for seed in args.seeds for v in chosen]
+    waiting = [(v, seed) for v, seed in waiting if args.again or not kept_log(v, seed).exists()]
+    failures = []
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(waiting), disable=None) as bar:
+        for problem in pool.map(lambda one: run_one(*one, args), waiting):
+            bar.update()
+            if problem:
+                failures.append(problem)
+                bar.write(problem, file=sys.stderr)
+    print(table(chosen))
+    return 1 if failures else 0
+
+
+def pick(names: Iterable[str] | None) -> list[Variant]:
+    """The variants called so; all of them without names."""
+    return [v for v in VARIANTS if names is None or v.name in names]
+
+
+def logs(variant: Variant) -> dict[int, dict[str, list[float]]]:
+    """The kept logs of a variant by seed."""
+    found = {}
+    for path in sorted(KEPT.glob(f"{variant.name}_[0-9]*.tsv")):
+        seed = path.stem.removeprefix(f"{variant.name}_")
+        if seed.isdigit():
+            found[int(seed)] = read_log(path)
+    return found
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean, and in brackets the least and the largest."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "-"
+    text = f"{statistics.mean(finite):.{digits}f}"
+    if len(finite) > 1:
+        text += f" ({min(finite):.{digits}f}-{max(finite):.{digits}f})"
+    return text
+
+
+def collapsed(log: dict[str, list[float]]) -> bool:
+    """Whether the run ends with the original's signature: the evaluated network is at chance
+    (within two points) while the training network is far above it."""
+    return log["Valid Acc."][-1] < 12 and log["Train Acc."][-1] > 20
+
+
+def table(chosen: Sequence[Variant]) -> str:
+    """Markdown: the state after the last epoch, mean (and range) over the seeds."""
+    lines = [
+        "| variant | what | epochs | train acc. | test acc., eval mode | held-out acc., batch "
+        "statistics | held-out PGD | flatness (penalty) | collapsed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant in chosen:
+        by_seed = logs(variant)
+        if not by_seed:
+            continue
+        last = [{name: values[-1] for name, values in log.items()} for log in by_seed.values()]
+
+        def column(name: str, last: list[dict[str, float]] = last) -> str:
+            return spread([row[name] for row in last])
+
+        gap = [row["Mode Gap"] for row in last]
+        batch = [row["Val Acc."] + (0 if math.isnan(g) else g) for row, g in zip(last, gap)]
+        epochs = spread([len(log["Train Acc."]) for log in by_seed.values()], 0)
+        lines.append(
+            f"| {variant.name} | {variant.says} | {epochs} | {column('Train Acc.')} | "
+            f"{column('Valid Acc.')} | {spread(batch)} | {column('Val Robust Acc.')} | "
+            f"{column('loss gradient')} | "
+            f"{sum(collapsed(log) for log in by_seed.values())} of {len(by_seed)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Collapse and cure side by side, from the kept logs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [v for v in pick(args.only) if logs(v)]
+    if not chosen:
+        raise UserError(f"no logs of these variants in {KEPT}; make them with: run")
+    quantities = (
+        ("accuracy (%)", ("Train Acc.", "Valid Acc."), ("training batches", "test set, eval mode")),
+        ("penalty: gradient norm", ("loss gradient",), ("at the points found",)),
+    )
+    figure, axes = plt.subplots(
+        len(quantities),
+        len(chosen),
+        figsize=(3.4 * len(chosen) + 0.8, 5.6),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, variant in enumerate(chosen):
+        axes[0][column].set_title(f"{variant.name}: {variant.says}", fontsize=10)
+        for row, (label, names, said) in enumerate(quantities):
+            axis = axes[row][column]
+            for name, words, colour in zip(names, said, ("#4477aa", "#cc3311")):
+                for number, log in enumerate(logs(variant).values()):
+                    epochs = range(1, len(log[name]) + 1)
+                    axis.plot(epochs, log[name], color=colour, label="" if number else words)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axis.set_ylabel(label)
+                axis.legend(frameon=False, fontsize=9)
+        axes[0][column].axhline(10, color="#888888", linewidth=0.8, linestyle=":")
+        axes[-1][column].set_xlabel("epoch")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=150)
+    os.replace(partial, args.output)
+    print(args.output)
+    return 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    names = [variant.name for variant in VARIANTS]
+    run = actions.add_parser("run", help="train what has no log yet")
+    run.add_argument("--data_dir", type=Path, required=True, help="folder {train,test}/<class>/*")
+    run.add_argument("--runs_dir", type=Path, default=Path("runs/failure_case"), help="run folders")
+    run.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="one run for each")
+    run.add_argument("--epochs", type=int, default=20, help="epochs of a run")
+    run.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    run.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
+    run.add_argument("--again", action="store_true", help="also those that have a log")
+    show = actions.add_parser("table", help="print the table")
+    picture = actions.add_parser("draw", help="draw the curves")
+    picture.add_argument("--output", type=Path, default=Path("images/failure_case.png"), help="PNG")
+    for action in (run, show, picture):
+        action.add_argument("--only", nargs="+", choices=names, help="these variants")
+    args = parser.parse_args(argv)
+    for flag in ("epochs", "jobs", "threads"):
+        if getattr(args, flag, 1) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: allowed is 1 or more")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.action == "run":
+        return run_all(args)
+    if args.action == "draw":
+        return draw(args)
+    print(table(pick(args.only)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
