@@ -35,7 +35,7 @@ SEEDS = (1000, 1001, 1002)
 
 # Small enough for an evening, large enough to collapse: see docs/failure_case.md for the choice.
 COMMON = (
-    "cifar_defense.py --dataset folder -a resnet --depth 8 --nlabel 6912 --val_size 512 "
+    "cifar_defense.py --dataset cifar10 -a resnet --depth 8 --nlabel 6912 --val_size 512 "
     "--lr 0.1 --lr_schedule constant --lambada 0.05 --search paper --num_steps 3 --step_size 0.02 "
     "--image_interval 0 --ckpt_interval 0 --test_batch 512"
 )
@@ -227,7 +227,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     actions = parser.add_subparsers(dest="action", required=True)
     names = [variant.name for variant in VARIANTS]
     run = actions.add_parser("run", help="train what has no log yet")
-    run.add_argument("--data_dir", type=Path, required=True, help="folder {train,test}/<class>/*")
+    run.add_argument("--data_dir", type=Path, required=True, help="where cifar10 is")
     run.add_argument("--runs_dir", type=Path, default=Path("runs/failure_case"), help="run folders")
     run.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="one run for each")
     run.add_argument("--epochs", type=int, default=20, help="epochs of a run")

@@ -1,0 +1,115 @@
+"""tools/failure_case.py: the table, the curves and the commands, from logs made here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import failure_case
+from utils.errors import UserError
+from utils.options import parse_training
+
+COLUMNS = (
+    "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\tloss normal\tloss gradient\t"
+    "Val Acc.\tVal Robust Acc.\tTest Robust Acc.\tMode Gap\tSeconds"
+)
+
+
+def log(train: float, test: float, gap: str, penalty: float) -> str:
+    first = f"0.1\t2.2\t2.2\t20\t20\t2.2\t9\t20\t10\t10\t{gap}\t5"
+    last = f"0.1\t1\t2\t{train}\t{test}\t1\t{penalty}\t{test}\t5\t5\t{gap}\t5"
+    return f"{COLUMNS}\n{first}\n{last}\n"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(failure_case, "KEPT", tmp_path)
+    (tmp_path / "mixed_1000.tsv").write_text(log(80, 10, "70", 0.5))
+    (tmp_path / "mixed_1001.tsv").write_text(log(60, 30, "30", 1.5))
+    (tmp_path / "mixed_fast_1000.tsv").write_text(log(1, 2, "3", 4))
+    (tmp_path / "group_1000.tsv").write_text(log(50, 48, "nan", 6))
+    return tmp_path
+
+
+@pytest.fixture
+def folder_data(tmp_path):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 8)):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
+    rows = failure_case.table(failure_case.pick(None)).splitlines()
+    assert len(rows) == 2 + 3
+    mixed = next(row for row in rows if row.startswith("| mixed |"))
+    assert "70.0 (60.0-80.0)" in mixed and "20.0 (10.0-30.0)" in mixed and "1 of 2" in mixed
+    assert "70.0 (60.0-80.0)" in mixed.split("|")[6]  # batch statistics: accuracy plus gap
+    group = next(row for row in rows if row.startswith("| group |"))
+    assert group.split("|")[6].strip() == "48.0" and "0 of 1" in group
+
+
+def test_curves_are_drawn_from_the_logs(kept, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "pictures" / "curves.png"
+    args = failure_case.parse(["draw", "--only", "mixed", "group", "--output", str(output)])
+    assert failure_case.draw(args) == 0
+    assert output.read_bytes().startswith(b"\x89PNG") and output.stat().st_size > 10_000
+    assert [path.name for path in output.parent.iterdir()] == ["curves.png"]
+
+
+def test_without_logs_the_picture_is_refused(kept, tmp_path):
+    args = failure_case.parse(["draw", "--only", "running", "--output", str(tmp_path / "x.png")])
+    with pytest.raises(UserError, match="no logs"):
+        failure_case.draw(args)
+
+
+@pytest.mark.parametrize("variant", failure_case.VARIANTS, ids=lambda v: v.name)
+def test_every_command_is_one_that_the_script_takes(variant, tmp_path):
+    import cifar_defense
+
+    args = argparse.Namespace(runs_dir=tmp_path, data_dir=tmp_path, epochs=3, threads=1)
+    words = failure_case.command(variant, 1002, args)
+    assert words[0] == "cifar_defense.py"
+    parsed = parse_training(cifar_defense.DEFAULTS, words[1:])
+    assert parsed.manualSeed == 1002 and parsed.epochs == 3
+    (tmp_path / f"{variant.name}_1002").mkdir()
+    (tmp_path / f"{variant.name}_1002" / "checkpoint.pth.tar").touch()
+    assert "--resume" in failure_case.command(variant, 1002, args)
+
+
+def test_a_run_leaves_its_log_and_is_not_made_twice(kept, folder_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        failure_case,
+        "COMMON",
+        "cifar_defense.py --dataset folder --depth 8 --train_batch 8 "
+        "--probe_size 4 --probe_steps 1 --max_steps 1 --num_steps 1 --image_interval 0",
+    )
+    words = ["run", "--data_dir", str(folder_data), "--runs_dir", str(tmp_path / "runs")]
+    args = failure_case.parse([*words, "--only", "shared", "--seeds", "3", "--epochs", "1"])
+    assert failure_case.run_all(args) == 0
+    log_file = kept / "shared_3.tsv"
+    assert len(log_file.read_text().splitlines()) == 2
+    told = json.loads((tmp_path / "runs" / "shared_3" / "args.json").read_text())
+    assert told["arguments"]["bn_mode"] == "shared"
+    written = log_file.stat().st_mtime_ns
+    assert failure_case.run_all(args) == 0
+    assert log_file.stat().st_mtime_ns == written
+
+
+def test_a_run_that_fails_is_reported(kept, monkeypatch, tmp_path, capsys):
+    words = ["run", "--data_dir", str(tmp_path / "nowhere"), "--runs_dir", str(tmp_path / "runs")]
+    args = failure_case.parse([*words, "--only", "shared", "--seeds", "3"])
+    assert failure_case.run_all(args) == 1
+    assert "shared, seed 3: exit code 2" in capsys.readouterr().err
+    assert not Path(kept / "shared_3.tsv").exists()
