@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+DATA   ?= ./data
 # The stamps say what is installed: a target installs what it needs once, and again when the list
 # of requirements changes.
 RUN := $(VENV)/.installed
@@ -14,7 +15,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv install demo test lint format torture benchmark clean
+.PHONY: help venv install demo test lint format torture benchmark clean \
+        reproduce-mnist reproduce-cifar
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,6 +57,12 @@ torture: $(DEV)  ## kill, corrupt and starve runs; minutes
 
 benchmark: $(RUN)  ## the search and the training step against a plain implementation
 	$(BIN)/python -m benchmarks.benchmark $(ARGS)
+
+reproduce-mnist: $(DEV)  ## train MNIST's network again, against the published figures; DATA=folder
+	$(BIN)/python -m tools.reproduce mnist --data_dir '$(DATA)' $(ARGS)
+
+reproduce-cifar: $(DEV)  ## the same for CIFAR-10
+	$(BIN)/python -m tools.reproduce cifar --data_dir '$(DATA)' $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

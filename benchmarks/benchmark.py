@@ -35,7 +35,7 @@ from utils.attacks import pgd
 from utils.ball import Ball
 from utils.data import load_dataset
 from utils.errors import UserError, run_script
-from utils.lfr import flatness, lfr_loss, sharpest_point
+from utils.lfr import SEARCHES, first_point, flatness, lfr_loss, sharpest_point
 from utils.runs import load_network, write_atomic
 from utils.runtime import versions
 from utils.second_order import Kernels
@@ -70,8 +70,8 @@ CASES = (
         40,
         0.02,
         0.01,
-        0.3,
-        3,
+        0.15,
+        4,
     ),
     Case(
         "ResNet-20",
@@ -157,7 +157,8 @@ def search(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> 
     plain, ours = pair(network)
     plain.eval(), ours.eval()
     ball = Ball("l_inf", case.epsilon)
-    start = ball.project(x + 0.001 * torch.randn(x.shape), x)
+    begin = {name: first_point(x, ball, name) for name in SEARCHES}
+    start = begin["paper"]
     rows = x.contiguous(memory_format=torch.channels_last)
 
     def run_plain() -> Tensor:
@@ -174,7 +175,7 @@ def search(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> 
             step_size=step_size or case.step_size,
             num_steps=num_steps or case.num_steps,
             search=search,
-            start=start.contiguous(memory_format=torch.channels_last),
+            start=begin[search].contiguous(memory_format=torch.channels_last),
         )
 
     found, a, b = compare(run_plain, run_ours, pairs, f"{case.name} search")
@@ -218,7 +219,7 @@ def in_float64(
 def step(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:
     """A full training step, the published setting against ours: paper and fast."""
     ball = Ball("l_inf", case.epsilon)
-    start = ball.project(x + 0.001 * torch.randn(x.shape), x)
+    begin = {name: first_point(x, ball, name) for name in SEARCHES}
     rows = x.contiguous(memory_format=torch.channels_last)
     found = {}
     for name in ("paper", "fast"):
@@ -234,14 +235,16 @@ def step(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> di
                 sgd,
                 x,
                 y,
-                start,
+                begin["paper"],
                 epsilon=case.epsilon,
                 step_size=case.step_size,
                 num_steps=case.num_steps,
                 lambada=case.lambada,
             )
 
-        def run_ours(ours: nn.Module = ours, sgd: Any = ours_sgd, fast: bool = fast) -> Tensor:
+        def run_ours(
+            ours: nn.Module = ours, sgd: Any = ours_sgd, fast: bool = fast, name: str = name
+        ) -> Tensor:
             ours.train()
             sgd.zero_grad()
             terms = lfr_loss(
@@ -252,8 +255,8 @@ def step(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> di
                 step_size=case.fast_step_size if fast else case.step_size,
                 num_steps=case.fast_num_steps if fast else case.num_steps,
                 lambada=case.lambada,
-                search="fast" if fast else "paper",
-                start=start.contiguous(memory_format=torch.channels_last),
+                search=name,
+                start=begin[name].contiguous(memory_format=torch.channels_last),
             )
             terms.total.backward()
             sgd.step()

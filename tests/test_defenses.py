@@ -12,7 +12,7 @@ from torch import nn
 from models import build_model
 from utils.ball import NORMS, Ball
 from utils.defenses import DEFENSES, Defense, DefenseLoss
-from utils.lfr import lfr_loss
+from utils.lfr import first_point, lfr_loss
 
 
 def prepared(batch_norm: bool = False):
@@ -61,7 +61,7 @@ def test_lfr_is_the_method(search):
     network, x, y, noise = prepared()
     d = defense("lfr", search=search)
     terms = DefenseLoss(network, d)(x, y, noise, 0.7)
-    start = d.ball.project(x + 0.001 * noise, x)
+    start = first_point(x, d.ball, search, noise)
     options = {"step_size": d.step_size, "num_steps": 3, "search": search, "start": start}
     expected = lfr_loss(network, x, y, d.ball, lambada=0.7, **options)
     torch.testing.assert_close(terms.total, expected.total)

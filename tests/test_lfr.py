@@ -16,6 +16,7 @@ from models import build_model
 from utils.ball import NORMS, Ball
 from utils.lfr import (
     SEARCHES,
+    first_point,
     flatness,
     full_precision,
     input_gradient,
@@ -315,6 +316,20 @@ def test_the_only_random_numbers_are_those_of_the_start():
     assert torch.equal(torch.get_rng_state(), after)
     again = sharpest_point(model, x, y, ball, step_size=0.05, num_steps=2, start=start)
     assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+def test_the_fast_search_begins_all_over_the_inner_half_of_the_ball(norm):
+    x, ball = torch.full((64, 1, 16, 16), 0.5), Ball(norm, 0.3)
+    start = first_point(x, ball, "fast")
+    assert not torch.equal(start, first_point(x, ball, "fast"))
+    distance = ball.distance(start, x)
+    assert (distance <= 0.3 + 1e-6).all()
+    if norm == "l_2":
+        assert distance.mean().item() == pytest.approx(0.15, rel=0.05)
+    else:
+        assert (start - x).std().item() == pytest.approx(0.3 / 4, rel=0.05)
+    assert ball.distance(first_point(x, ball, "paper"), x).max() < 0.02
 
 
 def test_the_search_never_drops_out():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.ball import Ball, ascend
 from utils.batch_norm import mode
-from utils.lfr import LFRTerms, full_precision, input_gradient, lfr_loss
+from utils.lfr import LFRTerms, first_point, full_precision, input_gradient, lfr_loss
 from utils.second_order import Kernels
 
 DEFENSES = ("lfr", "igr", "at", "trades", "none")
@@ -67,7 +67,6 @@ class DefenseLoss(nn.Module):
             lambada: the flatness's weight at this moment.
         """
         d, network = self.defense, self.network
-        start = d.ball.project(x + 0.001 * noise, x)
         if d.name in ("lfr", "igr"):
             return lfr_loss(
                 network,
@@ -79,7 +78,7 @@ class DefenseLoss(nn.Module):
                 lambada=lambada,
                 search=d.search,
                 bn_mode=d.bn_mode,
-                start=start,
+                start=first_point(x, d.ball, d.search, noise),
             )
         if d.name == "at":
             uniform = torch.erf(noise / 2**0.5)  # in [-1, 1]
@@ -92,7 +91,7 @@ class DefenseLoss(nn.Module):
         if d.name == "none":
             zero = torch.zeros_like(natural_loss)
             return LFRTerms(natural_loss, natural_loss.detach(), zero, logits.detach(), x)
-        moved = divergent(network, x, d, start)
+        moved = divergent(network, x, d, first_point(x, d.ball, "paper", noise))
         log_p = full_precision(logits).log_softmax(1)
         log_q = full_precision(network(moved)).log_softmax(1)
         divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

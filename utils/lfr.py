@@ -10,7 +10,7 @@ L2 norm. By the mean value theorem ``L(x + d) <= L(x) + epsilon * max ||grad L||
 the ball: where the surface is flat no small perturbation can do harm, and lambda plays epsilon's
 role in that bound.
 
-The four functions below read in the order of the formula. They contain the method and nothing of
+The functions below read in the order of the formula. They contain the method and nothing of
 its speed: that is `utils/second_order.py` (derivatives) and `utils/batch_norm.py` (which statistics
 BatchNorm uses in which term; the CIFAR-10 collapse of the original is decided there).
 """
@@ -67,6 +67,23 @@ def flatness(model: Network, x: Tensor, y: Tensor, ball: Ball, kernels: Kernels)
     return ball.dual_norm(input_gradient(model, x, y, kernels, create_graph=True))
 
 
+def first_point(x: Tensor, ball: Ball, search: str, noise: Tensor | None = None) -> Tensor:
+    """Where the search begins, [N, C, H, W]: a random point near x, in the ball.
+
+    ``paper``: Gaussian noise of deviation 0.001; at x itself many a gradient is exactly zero.
+    ``fast``: noise over the inner half of the ball. A few large steps that always begin at x end at
+    the same few points in every epoch; the network learns to be flat there and nowhere else.
+
+    Args:
+        noise: standard normal numbers like ``x``; drawn here if not given.
+    """
+    noise = torch.randn_like(x) if noise is None else noise
+    if search == "paper":
+        return ball.project(x + 0.001 * noise, x)
+    size = 0.5 if ball.norm == "l_inf" else x[0].numel() ** -0.5
+    return ball.project(x + 0.5 * ball.epsilon * size * noise, x)
+
+
 def sharpest_point(
     model: Network,
     x: Tensor,
@@ -81,10 +98,9 @@ def sharpest_point(
 ) -> Tensor:
     """The point of the ball around each image where the loss surface is steepest, approximately.
 
-    Projected ascent from a point next to x (Gaussian noise of deviation 0.001: at x itself many a
-    gradient is exactly zero). ``search="paper"`` climbs the gradient norm itself, a second
-    derivative each step: ``x' <- project(x' + step_size * sign(grad_x' ||grad_x' L||_1))`` for
-    l_inf, and the normalised gradient for l_2. ``search="fast"`` climbs the loss, a first
+    Projected ascent from :func:`first_point`. ``search="paper"`` climbs the gradient norm itself, a
+    second derivative each step: ``x' <- project(x' + step_size * sign(grad_x' ||grad_x' L||_1))``
+    for l_inf, and the normalised gradient for l_2. ``search="fast"`` climbs the loss, a first
     derivative each step; in networks like these its points are as steep.
 
     Args:
@@ -123,7 +139,7 @@ def sharpest_point(
                 return torch.autograd.grad(steepness, moved)[0]
 
     if start is None:
-        start = ball.project(x + 0.001 * torch.randn_like(x), x)
+        start = first_point(x, ball, search)
     with computing as kernels:
         return ascend(
             x,
