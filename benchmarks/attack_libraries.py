@@ -1,6 +1,6 @@
 """Our DDN, point-wise and JSMA against foolbox's and ART's: seconds and distances, side by side.
 
-python benchmarks/attack_libraries.py --model_path PATH --dataset MNIST --data_dir ./data
+python -m benchmarks.attack_libraries --model_path PATH --dataset MNIST --data_dir ./data
 
 Needs the packages of requirements-dev.txt. One thread, the same images, one after the other.
 """
@@ -8,16 +8,12 @@ Needs the packages of requirements-dev.txt. One thread, the same images, one aft
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.attacks import logits_of
 from utils.data import load_dataset

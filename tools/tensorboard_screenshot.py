@@ -17,10 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Run as a file (python tools/tensorboard_screenshot.py) the repository's root is not on the path.
-if __name__ == "__main__" and not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools.browser import Browser, BrowserError
 
 TABS = ("timeseries", "custom_scalars", "images", "text")

@@ -1,8 +1,8 @@
 """Do the worst to training runs and checkpoints, and count what survives.
 
-python tools/torture.py                      everything, some minutes
-python tools/torture.py --only kill --kills 5
-python tools/torture.py --only files,disk,memory
+python -m tools.torture                      everything, some minutes
+python -m tools.torture --only kill --kills 5
+python -m tools.torture --only files,disk,memory
 
 * kill: runs killed with SIGKILL at random instants, in the middle of a save and right after one,
   then resumed, must end bit for bit as the run that was never interrupted.
@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 

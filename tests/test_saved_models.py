@@ -1,0 +1,149 @@
+"""The published networks under savedModel/: their files are whole and as good as it says there.
+
+``savedModel/SHA256SUMS`` (checked as well by ``cd savedModel && sha256sum -c SHA256SUMS``) lists
+every checkpoint; ``savedModel/results.json`` has what each ``model_best.pth.tar`` reaches on the
+first images of its test set::
+
+    {"MNIST/lr_0.1_.../model_best.pth.tar":
+        {"dataset": "MNIST", "num_examples": 1000, "clean": 99.3, "pgd": 95.1}}
+
+in percent, PGD by the published setting and seed 0, as the evaluation scripts measure it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.attacks import attack, family, gradient_budget, percent
+from utils.data import load_dataset
+from utils.image_folder import find_image_folder
+from utils.runs import load_network, read_log, sha256_of
+
+PLACE = Path(__file__).resolve().parent.parent / "savedModel"
+SUMS, RESULTS = "SHA256SUMS", "results.json"
+TOLERANCE = 0.3  # percent points; other processors round otherwise
+
+
+def checkpoints(place: Path) -> list[str]:
+    """Every checkpoint, relative to ``place``."""
+    return sorted(path.relative_to(place).as_posix() for path in place.rglob("*.pth.tar"))
+
+
+def wrong_sums(place: Path) -> list[str]:
+    """What is wrong with ``SHA256SUMS``: a line for every file."""
+    lines = (place / SUMS).read_text().splitlines() if (place / SUMS).exists() else []
+    listed: dict[str, str] = {}
+    wrong = []
+    for line in lines:
+        # sha256sum's format: digest, space, space (text) or star (binary), name
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if match is None:
+            wrong.append(f"not a line of sha256sum: {line[:80]!r}")
+        else:
+            listed[match[2]] = match[1]
+    for name in sorted({*listed, *checkpoints(place)}):
+        if name not in listed:
+            wrong.append(f"{name}: not listed")
+        elif not (place / name).is_file():
+            wrong.append(f"{name}: listed, but not there")
+        elif sha256_of(place / name) != listed[name]:
+            wrong.append(f"{name}: another hash")
+    return wrong
+
+
+MODELS = checkpoints(PLACE)
+BEST = [name for name in MODELS if name.endswith("model_best.pth.tar")]
+published = pytest.mark.skipif(not MODELS, reason="savedModel/ holds no networks")
+
+
+# -- the check itself ---------------------------------------------------------------------------
+
+
+def test_the_check_of_the_sums(tmp_path):
+    (tmp_path / "MNIST").mkdir()
+    best, newest = (tmp_path / "MNIST" / f"{name}.pth.tar" for name in ("model_best", "checkpoint"))
+    best.write_bytes(b"weights")
+    newest.write_bytes(b"more")
+    right = hashlib.sha256(b"weights").hexdigest()
+    assert wrong_sums(tmp_path) == [
+        "MNIST/checkpoint.pth.tar: not listed",
+        "MNIST/model_best.pth.tar: not listed",
+    ]
+    newest.unlink()
+    (tmp_path / SUMS).write_text(f"{right}  MNIST/model_best.pth.tar\n")
+    assert wrong_sums(tmp_path) == []
+    (tmp_path / SUMS).write_text(
+        f"{right} *MNIST/model_best.pth.tar\n{right}  gone.pth.tar\nhello\n"
+    )
+    assert wrong_sums(tmp_path) == [
+        "not a line of sha256sum: 'hello'",
+        "gone.pth.tar: listed, but not there",
+    ]
+    best.write_bytes(b"Weights")
+    assert "MNIST/model_best.pth.tar: another hash" in wrong_sums(tmp_path)
+
+
+# -- the networks -------------------------------------------------------------------------------
+
+
+@published
+def test_the_sums():
+    assert wrong_sums(PLACE) == []
+
+
+@published
+@pytest.mark.parametrize("name", MODELS or ["none"])
+def test_a_network_is_whole(name):
+    """It loads, carries its architecture, and lies beside the record of its run."""
+    network, checkpoint = load_network(PLACE / name)
+    assert checkpoint["arch"] == network.arch
+    assert not network.training
+    folder = (PLACE / name).parent
+    record = json.loads((folder / "args.json").read_text())
+    assert record["architecture"] == network.arch
+    assert checkpoint["dataset"] == record["dataset"]
+    epochs = len(read_log(folder / "log.txt")["Valid Acc."])
+    assert 0 < checkpoint["epoch"] <= epochs
+
+
+def as_measured(name: str, data_dir: Path):
+    """A network, the images it was measured on, and its entry in the results; or a skip."""
+    results = json.loads((PLACE / RESULTS).read_text())
+    assert name in results, f"{name} is not in savedModel/{RESULTS}"
+    network, checkpoint = load_network(PLACE / name)
+    dataset = checkpoint["args"]["dataset"]
+    # load_dataset would download what is missing.
+    present = dataset == "digits" or find_image_folder(dataset, data_dir) is not None
+    if not present and not (data_dir / dataset / "raw").is_dir():  # MNIST and FashionMNIST
+        pytest.skip(f"no {dataset} in {data_dir}")
+    data = load_dataset(dataset, data_dir, train=False)
+    entry = results[name]
+    if entry.get("dataset", data.name) != data.name:
+        pytest.skip(f"measured on {entry['dataset']}, here is {data.name}")
+    network = network.to(memory_format=torch.channels_last)
+    return network, data.head(entry["num_examples"]), family(dataset, data.in_channels), entry
+
+
+@published
+@pytest.mark.slow  # the only one: a minute or two for each network
+@pytest.mark.parametrize("name", BEST or ["none"])
+def test_a_network_is_as_good_as_published(name, data_dir):
+    network, data, defaults, entry = as_measured(name, data_dir)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # one_thread puts it back
+    budget = gradient_budget("PGD", defaults)
+    clean = robust = 0
+    for rows in torch.arange(len(data)).split(200):
+        x = data.float_images(rows).contiguous(memory_format=torch.channels_last)
+        y = data.labels[rows]
+        with torch.no_grad():
+            clean += int((network(x).argmax(1) == y).sum())
+        robust += int(attack(network, x, y, budget, seed=0, index=rows).robust.sum())
+    assert percent(clean, len(data)) == pytest.approx(entry["clean"], abs=TOLERANCE)
+    assert percent(robust, len(data)) == pytest.approx(entry["pgd"], abs=TOLERANCE)
