@@ -56,8 +56,15 @@ def _gradient_of_input(grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geo
         pad = (rows - 1 - geo.padding[0], columns - 1 - geo.padding[1])
         if min(pad) >= 0:
             return F.conv2d(grad, flipped, padding=pad)
-    empty = grad.new_empty(1).expand(shape)
-    return _convolution_backward(grad, empty, weight, geo, (True, False, False))[0]
+    stride, padding, dilation, groups = geo
+    # What the stride left over at the end of each side.
+    over = [
+        shape[2 + i]
+        - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i])
+        - (dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        for i in (0, 1)
+    ]
+    return F.conv_transpose2d(grad, weight, None, stride, padding, over, groups, dilation)
 
 
 def _gradient_of_grey_input(grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
@@ -79,16 +86,11 @@ def _gradient_of_grey_input(grad: Tensor, weight: Tensor, geo: Geometry) -> Tens
 
 
 def _gradient_of_weight(x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
-    return _convolution_backward(grad, x, weight, geo, (False, True, False))[1]
-
-
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geo
+    only_weight = (False, True, False)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, mask
-    )
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, only_weight
+    )[1]
 
 
 # A convolution is bilinear in (x, weight), so <conv(x, weight), grad> is trilinear and each of its
