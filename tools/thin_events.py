@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from utils.board import event_files, records
@@ -26,7 +27,13 @@ def even_selection(steps: list[int], count: int) -> set[int]:
     return {steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}
 
 
-def thin(log_dir: str | Path, output: str | Path, steps: int = 500, pictures: int = 4) -> int:
+def thin(
+    log_dir: str | Path,
+    output: str | Path,
+    steps: int = 500,
+    pictures: int = 4,
+    without: Collection[str] = (),
+) -> int:
     """Write the thinned events of ``log_dir`` to the folder ``output``; returns their bytes.
 
     Args:
@@ -34,6 +41,7 @@ def thin(log_dir: str | Path, output: str | Path, steps: int = 500, pictures: in
         output: folder to be written, without event files of its own.
         steps: training steps kept.
         pictures: image grids kept.
+        without: groups of tags to leave out.
 
     Raises:
         UserError: no events there, or some here already.
@@ -53,7 +61,11 @@ def thin(log_dir: str | Path, output: str | Path, steps: int = 500, pictures: in
     chosen = [found[0][0]]  # the version of the format
     for record, event in found:
         groups = {value.tag.partition("/")[0] for value in event.summary.value}
-        if groups and all(event.step in kept.get(group, {event.step}) for group in groups):
+        if (
+            groups
+            and not groups & set(without)
+            and all(event.step in kept.get(group, {event.step}) for group in groups)
+        ):
             chosen.append(record)
     data = b"".join(chosen)
     output.mkdir(parents=True, exist_ok=True)

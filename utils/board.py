@@ -52,7 +52,7 @@ ITERATION_TAGS = {
     "grad_part": "Loss_iter/grad_part",
 }
 _ITERATION_PREFIX = "Loss_iter/"
-_CARD = "Run"
+CARD = "Run"
 _LAYOUT_TAG = "custom_scalars__config__"
 
 #: Charts of the Custom Scalars page, several curves of the one run in each.
@@ -132,7 +132,7 @@ class Board:
             return
         rows = "\n".join(f"| {_cell(name)} | {_cell(arguments[name])} |" for name in arguments)
         text = f"    {' '.join(command.split())}\n\n| argument | value |\n| --- | --- |\n{rows}"
-        self._add(summary.text(f"{_CARD}/command", text), 0)
+        self._add(summary.text(f"{CARD}/command", text), 0)
         self._described = True
 
     def images(
@@ -276,7 +276,7 @@ def _cut(log_dir: Path, next_epoch: int, next_iteration: int) -> bool:
 def _is_before(tag: str, step: int, next_epoch: int, next_iteration: int) -> bool:
     if tag.startswith(_ITERATION_PREFIX):
         return step < next_iteration
-    if tag == _LAYOUT_TAG or tag.startswith(_CARD + "/"):
+    if tag == _LAYOUT_TAG or tag.startswith(CARD + "/"):
         return next_epoch > 0 or next_iteration > 0
     return step < next_epoch
 
