@@ -74,7 +74,12 @@ RECIPES = {
         flags="--dataset MNIST --search fast --lr 0.1 --lr_schedule onecycle --warmup 2 "
         "--lambada 0.02 --epochs 12 --probe_steps 20",
         smoke=SMOKE,
-        expected=NOT_YET,
+        expected={
+            "clean": Figure(99.2, 0.3),
+            "pgd": Figure(95.0, 1.0),
+            "autoattack": None,  # not measured on as many images yet
+            "minutes": Figure(79, 40),
+        },
     ),
     "cifar": Recipe(
         train="cifar_defense.py",
