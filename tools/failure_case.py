@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tools.pictures import house_style, new_figure, save
 from utils.errors import UserError, run_script
 from utils.runs import CHECKPOINT, read_log, write_atomic
 
@@ -71,9 +71,14 @@ def kept_log(variant: Variant, seed: int) -> Path:
     return KEPT / f"{variant.name}_{seed}.tsv"
 
 
+def run_folder(variant: Variant, seed: int, args: argparse.Namespace) -> Path:
+    """Where a run is made."""
+    return Path(args.runs_dir) / f"{variant.name}_{seed}"
+
+
 def command(variant: Variant, seed: int, args: argparse.Namespace) -> list[str]:
     """The command of one run."""
-    folder = Path(args.runs_dir) / f"{variant.name}_{seed}"
+    folder = run_folder(variant, seed, args)
     words = [*COMMON.split(), *variant.flags.split()]
     words += ["--epochs", str(args.epochs), "--manualSeed", str(seed)]
     words += ["--data_dir", str(args.data_dir), "--checkpoint", str(folder)]
@@ -86,7 +91,7 @@ def command(variant: Variant, seed: int, args: argparse.Namespace) -> list[str]:
 def run_one(variant: Variant, seed: int, args: argparse.Namespace) -> str | None:
     """Train one variant with one seed; returns what went wrong, if anything did."""
     words = command(variant, seed, args)
-    folder = Path(args.runs_dir) / f"{variant.name}_{seed}"
+    folder = run_folder(variant, seed, args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.out", "a", encoding="utf-8") as out:
         print(f"$ python {shlex.join(words)}", file=out, flush=True)
@@ -178,11 +183,6 @@ def table(chosen: Sequence[Variant]) -> str:
 
 def draw(args: argparse.Namespace) -> int:
     """Collapse and cure side by side, from the kept logs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     chosen = [v for v in pick(args.only) if logs(v)]
     if not chosen:
         raise UserError(f"no logs of these variants in {KEPT}; make them with: run")
@@ -190,15 +190,9 @@ def draw(args: argparse.Namespace) -> int:
         ("accuracy (%)", ("Train Acc.", "Valid Acc."), ("training batches", "test set, eval mode")),
         ("penalty: gradient norm", ("loss gradient",), ("at the points found",)),
     )
-    figure, axes = plt.subplots(
-        len(quantities),
-        len(chosen),
-        figsize=(3.4 * len(chosen) + 0.8, 5.6),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(5.6)
+    figure.set_figwidth(3.4 * len(chosen) + 0.8)
+    axes = figure.subplots(len(quantities), len(chosen), sharex=True, sharey="row", squeeze=False)
     for column, variant in enumerate(chosen):
         axes[0][column].set_title(f"{variant.name}: {variant.says}", fontsize=10)
         for row, (label, names, said) in enumerate(quantities):
@@ -207,18 +201,13 @@ def draw(args: argparse.Namespace) -> int:
                 for number, log in enumerate(logs(variant).values()):
                     epochs = range(1, len(log[name]) + 1)
                     axis.plot(epochs, log[name], color=colour, label="" if number else words)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axis.set_ylabel(label)
                 axis.legend(frameon=False, fontsize=9)
         axes[0][column].axhline(10, color="#888888", linewidth=0.8, linestyle=":")
         axes[-1][column].set_xlabel("epoch")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    os.replace(partial, args.output)
-    print(args.output)
+    save(figure, args.output)
     return 0
 
 
@@ -251,7 +240,8 @@ def main() -> int:
     if args.action == "run":
         return run_all(args)
     if args.action == "draw":
-        return draw(args)
+        with house_style():
+            return draw(args)
     print(table(pick(args.only)))
     return 0
 

@@ -780,6 +780,15 @@ def build_parser() -> Parser:
             help="checkpoint of the network that was trained without",
         )
 
+    def add_seed(to: Parser, what: str) -> None:
+        to.add_argument(
+            "--seed",
+            type=integer(0, 2**63 - 1),
+            default=0,
+            metavar="SEED",
+            help=f"seed of the random {what} (default: %(default)s)",
+        )
+
     added = picture("curves", curves, "accuracy, natural loss and flatness by epoch")
     added.add_argument("logs", nargs="+", type=path, metavar="LOG", help="log.txt, or its folder")
     added.add_argument("--rate", action="store_true", help="the learning rate's course as well")
@@ -800,13 +809,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="points along each direction (default: %(default)s)",
     )
-    added.add_argument(
-        "--seed",
-        type=integer(0, 2**63 - 1),
-        default=0,
-        metavar="SEED",
-        help="seed of the random signs (default: %(default)s)",
-    )
+    add_seed(added, "signs")
 
     added = picture("gradients", gradients, "test images and two networks' input gradients")
     add_pair(added)
@@ -848,13 +851,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="random starts per image (default: %(default)s)",
     )
-    added.add_argument(
-        "--seed",
-        type=integer(0, 2**63 - 1),
-        default=0,
-        metavar="SEED",
-        help="seed of the random starts (default: %(default)s)",
-    )
+    add_seed(added, "starts")
     return parser
 
 

@@ -19,10 +19,9 @@ from typing import Any
 from tools.thin_events import thin
 from utils.board import CARD
 from utils.errors import UserError, run_script
-from utils.runs import load_checkpoint, save_checkpoint, sha256_of, write_atomic
+from utils.runs import BEST, load_checkpoint, save_checkpoint, sha256_of, write_atomic
 
 PLACE = Path(__file__).resolve().parent.parent / "savedModel"
-BEST = "model_best.pth.tar"
 KEPT = (
     "epoch", "state_dict", "acc", "best_acc", "arch", "dataset", "classes", "args", "measured",
     "versions",

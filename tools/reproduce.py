@@ -27,7 +27,7 @@ from typing import Any
 from utils.errors import UserError, run_script
 from utils.library_attacks import library_version
 from utils.options import Parser, gpu_ids, integer, one_of, path, positive_int
-from utils.runs import read_log, sha256_of
+from utils.runs import BEST, CHECKPOINT, read_log, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,7 +120,7 @@ def training_command(recipe: Recipe, args: argparse.Namespace, folder: Path) -> 
     script = RECIPES["mnist"].train if args.smoke else recipe.train
     command = [script, *recipe.flags.split(), *(recipe.smoke.split() if args.smoke else ())]
     command += ["--data_dir", args.data_dir, *_machine(args), "--checkpoint", str(folder)]
-    if (folder / "checkpoint.pth.tar").exists():
+    if (folder / CHECKPOINT).exists():
         command += ["--resume", str(folder)]
     return command
 
@@ -128,7 +128,7 @@ def training_command(recipe: Recipe, args: argparse.Namespace, folder: Path) -> 
 def evaluation_command(recipe: Recipe, args: argparse.Namespace, folder: Path) -> list[str]:
     """The evaluation script and its flags: the published PGD, and AutoAttack where there is one."""
     script = RECIPES["mnist"].evaluate if args.smoke else recipe.evaluate
-    command = [script, "--model_path", str(folder / "model_best.pth.tar")]
+    command = [script, "--model_path", str(folder / BEST)]
     command += ["--attack_method", *attacks_here(), "--num_examples", str(args.num_examples)]
     command += ["--dataset", "digits"] if args.smoke else []
     return [
@@ -164,7 +164,7 @@ def is_evaluated(folder: Path, num_examples: int) -> bool:
     try:
         found = json.loads(results(folder).read_text(encoding="utf-8"))
         return (
-            found["checkpoint_sha256"] == sha256_of(folder / "model_best.pth.tar")
+            found["checkpoint_sha256"] == sha256_of(folder / BEST)
             and min(num_examples, found["test_set"]) == found["num_examples"]
             and set(attacks_here()) <= set(found["attacks"])
         )
