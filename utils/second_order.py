@@ -45,6 +45,18 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class Wanted:
+    """Which gradients are asked for at the moment.
+
+    All that the graph knows of the :class:`Kernels` that built it. If its nodes held those, which
+    hold tensors of the graph, each step would leave a circle of references behind, and with it all
+    its activations until Python's collector comes by: gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self.input_only = False
+
+
 def _gradient_of_input(grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry) -> Tensor:
     if geo.stride == geo.dilation == (1, 1) and geo.groups == 1 and grad.device.type == "cpu":
         if weight.shape[1] == 1 and weight[0].numel() <= 25:
@@ -103,21 +115,21 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, mode: Kernels
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, wanted: Wanted
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geo, ctx.mode = geo, mode
+        ctx.geo, ctx.wanted = geo, wanted
         return torch.conv2d(x, weight, bias, *geo)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if ctx.mode.input_only:
+        if ctx.wanted.input_only:
             need_weight = need_bias = False
         return (
-            _GradientOfInput.apply(grad, weight, x.shape, ctx.geo, ctx.mode) if need_x else None,
-            _GradientOfWeight.apply(x, grad, weight, ctx.geo, ctx.mode) if need_weight else None,
+            _GradientOfInput.apply(grad, weight, x.shape, ctx.geo, ctx.wanted) if need_x else None,
+            _GradientOfWeight.apply(x, grad, weight, ctx.geo, ctx.wanted) if need_weight else None,
             grad.sum((0, 2, 3)) if need_bias else None,
             None,
             None,
@@ -129,21 +141,21 @@ class _GradientOfInput(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry, mode: Kernels
+        ctx: Any, grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry, wanted: Wanted
     ) -> Tensor:
         ctx.save_for_backward(grad, weight)
-        ctx.geo, ctx.mode = geo, mode
+        ctx.geo, ctx.wanted = geo, wanted
         return _gradient_of_input(grad, weight, shape, geo)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight = ctx.saved_tensors
         need_grad, need_weight = ctx.needs_input_grad[:2]
-        if ctx.mode.input_only:
+        if ctx.wanted.input_only:
             need_weight = False
         return (
-            _Convolution.apply(v, weight, None, ctx.geo, ctx.mode) if need_grad else None,
-            _GradientOfWeight.apply(v, grad, weight, ctx.geo, ctx.mode) if need_weight else None,
+            _Convolution.apply(v, weight, None, ctx.geo, ctx.wanted) if need_grad else None,
+            _GradientOfWeight.apply(v, grad, weight, ctx.geo, ctx.wanted) if need_weight else None,
             None,
             None,
             None,
@@ -155,10 +167,10 @@ class _GradientOfWeight(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry, mode: Kernels
+        ctx: Any, x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry, wanted: Wanted
     ) -> Tensor:
         ctx.save_for_backward(x, grad)
-        ctx.geo, ctx.mode = geo, mode
+        ctx.geo, ctx.wanted = geo, wanted
         return _gradient_of_weight(x, grad, weight, geo)
 
     @staticmethod
@@ -166,8 +178,8 @@ class _GradientOfWeight(Function):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad[:2]
         return (
-            _GradientOfInput.apply(grad, v, x.shape, ctx.geo, ctx.mode) if need_x else None,
-            _Convolution.apply(x, v, None, ctx.geo, ctx.mode) if need_grad else None,
+            _GradientOfInput.apply(grad, v, x.shape, ctx.geo, ctx.wanted) if need_x else None,
+            _Convolution.apply(x, v, None, ctx.geo, ctx.wanted) if need_grad else None,
             None,
             None,
             None,
@@ -303,31 +315,24 @@ class Kernels(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.record, self.replay, self.frozen = record, replay, frozen
-        self.input_only = False
+        self.wanted = Wanted()
         self._folded: dict[int, tuple[Tensor, Tensor]] = {}
-        self._handlers: dict[Callable[..., Any], Callable[..., Tensor]] = {
-            torch.conv2d: self._conv2d,
-            F.conv2d: self._conv2d,
-            F.relu: self._relu,
-            F.max_pool2d: self._max_pool2d,
-            F.batch_norm: self._batch_norm,
-            conv_norm: self._conv_norm,
-        }
 
     @contextmanager
     def first_derivative(self) -> Iterator[None]:
         """Inside, differentiation is by the images only; convolutions skip their weights."""
-        self.input_only = True
+        self.wanted.input_only = True
         try:
             yield
         finally:
-            self.input_only = False
+            self.wanted.input_only = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        handler = self._handlers.get(func, func)
-        return handler(*args, **(kwargs or {}))
+        handler = _HANDLERS.get(func)
+        kwargs = kwargs or {}
+        return func(*args, **kwargs) if handler is None else handler(self, *args, **kwargs)
 
     def _constant(self, parameter: Tensor | None) -> Tensor | None:
         return parameter.detach() if self.frozen and parameter is not None else parameter
@@ -354,7 +359,7 @@ class Kernels(TorchFunctionMode):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         geo = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
-        return _Convolution.apply(x, weight, bias, geo, self)
+        return _Convolution.apply(x, weight, bias, geo, self.wanted)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         return _ReLU.apply(input, inplace)
@@ -425,6 +430,16 @@ class Kernels(TorchFunctionMode):
             shift = shift + conv.bias * scale
         weight = conv.weight * scale.view(-1, 1, 1, 1)
         return self._constant(weight), self._constant(shift)
+
+
+_HANDLERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.conv2d: Kernels._conv2d,
+    F.conv2d: Kernels._conv2d,
+    F.relu: Kernels._relu,
+    F.max_pool2d: Kernels._max_pool2d,
+    F.batch_norm: Kernels._batch_norm,
+    conv_norm: Kernels._conv_norm,
+}
 
 
 def _kept(statistics: Tensor) -> Tensor:
