@@ -23,6 +23,7 @@ import cifar_defense
 import MNIST_defense
 from utils import training
 from utils.board import Board
+from utils.data import load_dataset, split_validation
 from utils.errors import run_script as finish
 from utils.options import parse_training
 from utils.runs import LOG_COLUMNS, load_checkpoint, load_network, read_log, save_checkpoint
@@ -404,6 +405,18 @@ def test_evaluate_only(command, grey_folder, tmp_path, flags):
     )
     assert f"robust accuracy {log['Test Robust Acc.'][0]:.2f} % (PGD-1, first 8)" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_averaged_network_has_statistics_of_its_own(command, grey_folder, tmp_path):
+    """Those of its averaged weights on the training set, not an average of old statistics."""
+    places = {"data": grey_folder, "save": tmp_path}
+    assert command(f"{SHORT}{RESNET} --ema 0.9 --lr 0.5", **places)[0] == 0
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    network, _ = load_network(checkpoint)
+    train_set, _ = split_validation(load_dataset("folder", grey_folder, train=True), 8, seed=1000)
+    with torch.no_grad():
+        expected = network.conv1(train_set.float_images()).mean((0, 2, 3))
+    torch.testing.assert_close(network.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_original_s_checkpoint_is_a_start(command, mnist_folder, reference_dir, tmp_path):

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from models import build_model
 from utils.ball import Ball
@@ -47,6 +48,9 @@ EXTRA_COLUMNS = (
 
 # The two modes of BatchNorm have parted when they disagree by this many percent points.
 PARTED = 20.0
+
+# Batches from which an averaged network gets the running statistics of its BatchNorm.
+STATISTICS_BATCHES = 20
 
 
 def learning_rate(args: argparse.Namespace) -> Callable[[float], float]:
@@ -392,6 +396,11 @@ class _Run:
     ) -> None:
         """Measure the network after an epoch, write every log, save the checkpoints."""
         args, progress = self.args, self.progress
+        if self.average is not None and _has_batch_norm(self.network):
+            # Statistics of averaged weights are not the average of the statistics: while the
+            # weights still move fast, such a network is at chance.
+            images = (x for x, _, _ in islice(batches.iterate(), STATISTICS_BATCHES))
+            update_bn(images, self.average.module)
         found = self._measure(self._evaluated())
         epoch = progress.epoch - 1
         board.epoch(
