@@ -5,9 +5,10 @@
     python -m benchmarks.benchmark --mnist FILE --cifar FILE        # trained weights to time on
 
 Every comparison alternates the two sides and reports the median of the paired ratios, so that a
-machine whose speed drifts slows both. Float32, batch 128. The weights are fresh ones and, where a
-checkpoint is given, trained ones; the images are the first of the test set of ``--data_dir``, and
-where there is none random smooth ones, whose timing is the same but whose flatness means little.
+machine whose speed drifts slows both. Float32, but for the row that says amp; batch 128. The
+weights are fresh ones and, where a checkpoint is given, trained ones; the images are the first of
+the test set of ``--data_dir``, and where there is none random smooth ones, whose timing is the same
+but whose flatness means little.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from utils.runtime import versions
 from utils.second_order import Kernels
 
 PARTS = ("search", "step", "evaluation", "memory", "growth")
+# The training steps that are timed: (search, under bfloat16 autocast).
+STEPS = {"paper": ("paper", False), "fast": ("fast", False), "fast, amp": ("fast", True)}
 
 
 class Case(NamedTuple):
@@ -217,12 +220,12 @@ def in_float64(
 
 
 def step(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:
-    """A full training step, the published setting against ours: paper and fast."""
+    """A full training step: the published setting, plain, against ours, by :data:`STEPS`."""
     ball = Ball("l_inf", case.epsilon)
     begin = {name: first_point(x, ball, name) for name in SEARCHES}
     rows = x.contiguous(memory_format=torch.channels_last)
     found = {}
-    for name in SEARCHES:
+    for label, (name, amp) in STEPS.items():
         plain, ours = pair(network)
         # A learning rate of zero: the weights must be the same in every run that is timed.
         plain_sgd = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9)
@@ -241,30 +244,33 @@ def step(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> di
                 lambada=case.lambada,
             )
 
-        def run_ours(ours: nn.Module = ours, sgd: Any = ours_sgd, name: str = name) -> Tensor:
+        def run_ours(
+            ours: nn.Module = ours, sgd: Any = ours_sgd, name: str = name, amp: bool = amp
+        ) -> Tensor:
             fast = name == "fast"
             ours.train()
             sgd.zero_grad()
-            terms = lfr_loss(
-                ours,
-                rows,
-                y,
-                ball,
-                step_size=case.fast_step_size if fast else case.step_size,
-                num_steps=case.fast_num_steps if fast else case.num_steps,
-                lambada=case.lambada,
-                search=name,
-                start=begin[name].contiguous(memory_format=torch.channels_last),
-            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                terms = lfr_loss(
+                    ours,
+                    rows,
+                    y,
+                    ball,
+                    step_size=case.fast_step_size if fast else case.step_size,
+                    num_steps=case.fast_num_steps if fast else case.num_steps,
+                    lambada=case.lambada,
+                    search=name,
+                    start=begin[name].contiguous(memory_format=torch.channels_last),
+                )
             terms.total.backward()
             sgd.step()
             return terms.sharpest
 
-        figures, a, b = compare(run_plain, run_ours, pairs, f"{case.name} step, {name}")
+        figures, a, b = compare(run_plain, run_ours, pairs, f"{case.name} step, {label}")
         # Both points are judged on one network: the one both implementations were given.
         judged = pair(network)[1]
         figures["flatness_ratio"] = steepness(judged, b, y, ball) / steepness(judged, a, y, ball)
-        found[name] = figures
+        found[label] = figures
     return found
 
 
