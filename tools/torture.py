@@ -2,13 +2,16 @@
 
 python -m tools.torture                      everything, some minutes
 python -m tools.torture --only kill --kills 5
-python -m tools.torture --only files,disk,memory
+python -m tools.torture --only files,disk,evaluation,memory
 
 * kill: runs killed with SIGKILL at random instants, in the middle of a save and right after one,
   then resumed, must end bit for bit as the run that was never interrupted.
 * files: damaged and hostile checkpoints must load to the same weights or end in one line.
 * disk: a full disk, a read-only folder and a second run in one folder must end in one line, with
   the last good checkpoint intact.
+* evaluation: FGSM, PGD, point-wise and AutoAttack, killed at random instants and given again with
+  another batch size, must end in the verdicts of the evaluation that was never interrupted; another
+  number of threads may move an image or two and nothing else.
 * memory: resident memory after 2,000 steps is within 3 % of that after 200.
 
 The exit code is 0 if every fault was survived. Runs are forked from this process, which has
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import random
 import resource
@@ -48,6 +52,7 @@ import utils.training  # noqa: E402, F401
 from tools import faults  # noqa: E402
 from utils.data import load_dataset  # noqa: E402
 from utils.errors import UserError  # noqa: E402
+from utils.library_attacks import library_version  # noqa: E402
 from utils.runs import CHECKPOINT, load_checkpoint, save_checkpoint  # noqa: E402
 
 TRAIN, EVALUATE = "MNIST_defense.py", "MNIST_eval.py"
@@ -56,11 +61,11 @@ SMALL = (
     "--probe_steps 2 --image_interval 2 --ckpt_interval 1"
 ).split()
 # Two kinds of run: everything random (dropout), and everything with a state (BatchNorm, averaged
-# weights, Adam).
+# weights, Adam) or with graphs of second derivatives (SiLU), which a circle of references keeps.
 KINDS = {
     "small_cnn": "--epochs 3 --num_steps 1 --step_size 0.1 --drop 0.2".split(),
     "resnet": (
-        "--arch resnet --depth 8 --epochs 3 --max_steps 9 --search fast --num_steps 1 "
+        "--arch resnet --depth 8 --activation silu --epochs 3 --max_steps 9 --search fast --num_steps 1 "
         "--optimizer_type Adam --lr 0.002 --ema 0.9 --warmup 1 --lr_schedule cosine"
     ).split(),
 }
@@ -638,7 +643,80 @@ def torture_disk(place: Path) -> Count:
 
 
 # ---------------------------------------------------------------------------------------------
-# (d) memory
+# (d) evaluation, killed at any moment
+
+
+def verdicts_of(output: Path) -> dict[str, Any]:
+    """What an evaluation found, without the seconds it took."""
+    report = json.loads(output.read_text(encoding="utf-8"))
+    found = {"clean": report["clean_accuracy"]}
+    for name, entry in report["attacks"].items():
+        found[name] = {key: value for key, value in entry.items() if key != "seconds"}
+    return found
+
+
+def torture_evaluation(place: Path, kills: int, draw: random.Random) -> Count:
+    """Evaluations killed one to three times and given again."""
+    count = Count("evaluations killed and resumed")
+    folder = place / "trained"
+    # Well enough for robust and broken images, both.
+    lasting = ("--epochs", 8, "--schedule", 8, "--lr", 0.05, "--lambada", 0.005)
+    problem = train(folder, "small_cnn", *lasting).wait().success()
+    if problem:
+        count.check(f"training: {problem}")
+        return count
+    attacks = ["FGSM", "PGD", "point-wise"]
+    with contextlib.suppress(UserError):
+        library_version()
+        attacks.append("AutoAttack")
+    data = ("--data_dir", os.environ["LFR_TORTURE_DATA"], "--epsilon", 0.05, "--num_examples", 16)
+
+    def start(output: Path, batch: int, threads: int = 1) -> Run:
+        flags = ["--dataset", "folder", *data, "--attack_method", *attacks]
+        flags += ["--output", output, "--test_batch", batch, "--threads", threads]
+        return Run([EVALUATE, "--model_path", folder / CHECKPOINT, *flags])
+
+    straight = place / "straight.json"
+    began = time.monotonic()
+    count.check(start(straight, 8).wait().success())
+    seconds = time.monotonic() - began
+    if count.failures:
+        return count
+    wanted = verdicts_of(straight)
+    reached = {name: wanted[name]["robust_accuracy"] for name in attacks}
+    count.notes.append(f"clean {wanted['clean']:.1f} %, then {reached}; {seconds:.0f} s straight")
+    resumed = 0
+    for number in range(kills):
+        output = place / f"killed_{number}.json"
+        problem = None
+        for _ in range(draw.choice((1, 2, 3))):
+            run = start(output, draw.choice((3, 8, 32)))
+            time.sleep(draw.uniform(0.2, 1) * seconds)
+            killed = run.kill()
+            ended = run.wait()
+            if not killed:
+                problem = ended.success()
+                break
+            if output.exists():  # killed after its results were written
+                break
+            resumed += output.with_name(f"{output.name}.partial").exists()
+        if problem is None and not output.exists():
+            problem = start(output, 5).wait().success()
+        problem = problem or difference(wanted, verdicts_of(output))
+        count.check(problem and f"evaluation {number}: {problem}")
+    count.notes.append(f"gone on from a partial file: {resumed}")
+    two = place / "two_threads.json"
+    problem = start(two, 8, threads=2).wait().success()
+    if not problem:
+        moved = {name: verdicts_of(two)[name]["robust_accuracy"] for name in attacks}
+        if any(abs(moved[name] - reached[name]) > 2 * 100 / 16 for name in attacks):
+            problem = f"{reached} by one thread, {moved} by two"
+    count.check(problem)
+    return count
+
+
+# ---------------------------------------------------------------------------------------------
+# (e) memory
 
 
 def torture_memory(place: Path, limit: float = 0.03) -> Count:
@@ -673,8 +751,11 @@ def torture_memory(place: Path, limit: float = 0.03) -> Count:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="kill,files,disk,memory", help="parts, comma-separated")
+    parser.add_argument(
+        "--only", default="kill,files,disk,evaluation,memory", help="parts, comma-separated"
+    )
     parser.add_argument("--kills", type=int, default=50, help="runs to kill")
+    parser.add_argument("--evaluations", type=int, default=5, help="evaluations to kill")
     parser.add_argument("--mutations", type=int, default=200, help="files to break")
     parser.add_argument("--seed", type=int, default=0, help="where and when to strike")
     parser.add_argument("--keep", action="store_true", help="keep the folder with the runs")
@@ -686,6 +767,7 @@ def main() -> int:
         "kill": lambda at: torture_kill(at, args.kills, random.Random(args.seed)),
         "files": lambda at: torture_files(at, args.mutations, random.Random(args.seed)),
         "disk": torture_disk,
+        "evaluation": lambda at: torture_evaluation(at, args.evaluations, random.Random(args.seed)),
         "memory": torture_memory,
     }
     counts = []
