@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,7 +47,7 @@ ROWS = {
 
 
 @contextmanager
-def watched(network: nn.Module, note: Callable[[_BatchNorm, Tensor], None]):
+def watched(network: nn.Module, note: Callable[[_BatchNorm, Tensor], None]) -> Iterator[None]:
     """Call ``note(layer, input)`` for every BatchNorm layer that runs inside."""
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: note(layer, inputs[0]))

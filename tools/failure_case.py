@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "failure_case"
 SEEDS = (1000, 1001, 1002)
 
-# Small enough for an evening, large enough to collapse. The larger the ball, the more the statistics
-# of a perturbed batch can differ from those of a clean one, and the sooner the two networks part:
-# within a thousand steps here, after 70,000 at the original's radius of 0.031.
+# Small enough for an evening, large enough to collapse. The larger the ball, the more the
+# statistics of a perturbed batch can differ from those of a clean one, and the sooner the two
+# networks part: within a thousand steps here, after 70,000 at the original's radius of 0.031.
 EPSILON, STEP_SIZE, NUM_STEPS = 0.2, 0.15, 2
 COMMON = (
     "cifar_defense.py --dataset cifar10 -a resnet --depth 8 --nlabel 3712 --val_size 512 --amp "

@@ -65,8 +65,8 @@ SMALL = (
 KINDS = {
     "small_cnn": "--epochs 3 --num_steps 1 --step_size 0.1 --drop 0.2".split(),
     "resnet": (
-        "--arch resnet --depth 8 --activation silu --epochs 3 --max_steps 9 --search fast --num_steps 1 "
-        "--optimizer_type Adam --lr 0.002 --ema 0.9 --warmup 1 --lr_schedule cosine"
+        "--arch resnet --depth 8 --activation silu --epochs 3 --max_steps 9 --search fast "
+        "--num_steps 1 --optimizer_type Adam --lr 0.002 --ema 0.9 --warmup 1 --lr_schedule cosine"
     ).split(),
 }
 # 40 steps an epoch: the log's rows tell how far a run is
