@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import math
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -81,7 +82,12 @@ def few_digits(name, data_dir, train, **options):
     return load_dataset(name, data_dir, train, **options).head(60)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+# More of them in `make torture`.
+@settings(
+    max_examples=int(os.environ.get("LFR_DRY_RUNS", "15")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(COMMANDS)
 def test_any_valid_combination_runs(command):
     if "--defense igr" in command:  # LFR without steps, which refuses to be given some

@@ -12,6 +12,7 @@ python -m tools.torture --only files,disk,evaluation,memory
 * evaluation: FGSM, PGD, point-wise and AutoAttack, killed at random instants and given again with
   another batch size, must end in the verdicts of the evaluation that was never interrupted; another
   number of threads may move an image or two and nothing else.
+* flags: valid combinations of flags, found by hypothesis, run a step.
 * memory: resident memory after 2,000 steps is within 3 % of that after 200.
 
 The exit code is 0 if every fault was survived. Runs are forked from this process, which has
@@ -715,7 +716,27 @@ def torture_evaluation(place: Path, kills: int, draw: random.Random) -> Count:
 
 
 # ---------------------------------------------------------------------------------------------
-# (e) memory
+# (e) flags
+
+
+def torture_flags(examples: int) -> Count:
+    """tests/test_dry_runs.py with more examples than CI has time for, each of them one fault."""
+    count = Count("valid combinations of flags")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_dry_runs.py", "--hypothesis-seed=0"],
+        cwd=ROOT,
+        env={**os.environ, "LFR_DRY_RUNS": str(examples)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    count.tried = examples - 1
+    count.check(done.stdout[-2000:] if done.returncode else None)
+    return count
+
+
+# ---------------------------------------------------------------------------------------------
+# (f) memory
 
 
 def torture_memory(place: Path, limit: float = 0.03) -> Count:
@@ -751,10 +772,11 @@ def torture_memory(place: Path, limit: float = 0.03) -> Count:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", default="kill,files,disk,evaluation,memory", help="parts, comma-separated"
+        "--only", default="kill,files,disk,evaluation,flags,memory", help="parts, comma-separated"
     )
     parser.add_argument("--kills", type=int, default=50, help="runs to kill")
     parser.add_argument("--evaluations", type=int, default=5, help="evaluations to kill")
+    parser.add_argument("--dry_runs", type=int, default=200, help="combinations of flags to try")
     parser.add_argument("--mutations", type=int, default=200, help="files to break")
     parser.add_argument("--seed", type=int, default=0, help="where and when to strike")
     parser.add_argument("--keep", action="store_true", help="keep the folder with the runs")
@@ -767,6 +789,7 @@ def main() -> int:
         "files": lambda at: torture_files(at, args.mutations, random.Random(args.seed)),
         "disk": torture_disk,
         "evaluation": lambda at: torture_evaluation(at, args.evaluations, random.Random(args.seed)),
+        "flags": lambda at: torture_flags(args.dry_runs),
         "memory": torture_memory,
     }
     counts = []
