@@ -29,6 +29,7 @@ def log(train: float, test: float, gap: str, penalty: float) -> str:
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     monkeypatch.setattr(failure_case, "KEPT", tmp_path)
+    monkeypatch.setattr(failure_case, "WARMUP", 1)
     (tmp_path / "mixed_1000.tsv").write_text(log(80, 10, "70", 0.5))
     (tmp_path / "mixed_1001.tsv").write_text(log(60, 30, "30", 1.5))
     (tmp_path / "mixed_fast_1000.tsv").write_text(log(1, 2, "3", 4))
@@ -53,10 +54,23 @@ def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
     rows = failure_case.table(failure_case.pick(None)).splitlines()
     assert len(rows) == 2 + 3
     mixed = next(row for row in rows if row.startswith("| mixed |"))
-    assert "70.0 (60.0-80.0)" in mixed and "20.0 (10.0-30.0)" in mixed and "1 of 2" in mixed
+    assert "70.0 (60.0-80.0)" in mixed and "20.0 (10.0-30.0)" in mixed
+    assert [cell.strip() for cell in mixed.split("|")[-3:-1]] == [
+        "2 of 2 (epoch 1, 1)",
+        "1 of 2 (epoch 2)",
+    ]
     assert "70.0 (60.0-80.0)" in mixed.split("|")[6]  # batch statistics: accuracy plus gap
     group = next(row for row in rows if row.startswith("| group |"))
     assert group.split("|")[6].strip() == "48.0" and "0 of 1" in group
+
+
+def test_a_row_may_be_of_an_earlier_epoch(kept):
+    (row,) = failure_case.table(failure_case.pick(["mixed"]), epoch=1).splitlines()[2:]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:6] == ["1 (1-1)", "20.0 (20.0-20.0)", "20.0 (20.0-20.0)"]
+    assert row.split("|")[-2].strip() == "0 of 2"
+    with pytest.raises(UserError, match="--epoch 0: allowed is 1 or more"):
+        failure_case.parse(["table", "--epoch", "0"])
 
 
 def test_curves_are_drawn_from_the_logs(kept, tmp_path, capsys):
@@ -82,7 +96,7 @@ def test_every_command_is_one_that_the_script_takes(variant, tmp_path):
     words = failure_case.command(variant, 1002, args)
     assert words[0] == "cifar_defense.py"
     parsed = parse_training(cifar_defense.DEFAULTS, words[1:])
-    assert parsed.manualSeed == 1002 and parsed.epochs == 3
+    assert parsed.manualSeed == 1002 and parsed.epochs == 3 * variant.times
     (tmp_path / f"{variant.name}_1002").mkdir()
     (tmp_path / f"{variant.name}_1002" / "checkpoint.pth.tar").touch()
     assert "--resume" in failure_case.command(variant, 1002, args)
