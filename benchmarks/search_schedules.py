@@ -26,7 +26,6 @@ from utils.ball import Ball, ascend
 from utils.data import load_dataset
 from utils.errors import UserError, run_script
 from utils.lfr import first_point, flatness, input_gradient, sharpest_point
-from utils.options import family
 from utils.runs import load_network
 from utils.second_order import Kernels
 
@@ -122,7 +121,7 @@ def main() -> int:
     data = load_dataset(args.dataset, args.data_dir, train=False).head(args.num_examples)
     network, _ = load_network(args.model)
     network = network.to(memory_format=torch.channels_last).eval()
-    ball = Ball("l_inf", family(args.dataset, data.in_channels).l_inf.epsilon)
+    ball = Ball("l_inf", SETTINGS[args.dataset][0])
     reference = 0.0
     print(f"{'search':32} {'flatness':>9} {'of the paper':>13} {'seconds a batch':>16}")
     for name, search in tqdm(schedules(network, args.dataset).items(), leave=False, disable=None):
