@@ -41,7 +41,7 @@ from utils.runs import load_network, write_atomic
 from utils.runtime import versions
 from utils.second_order import Kernels
 
-PARTS = ("search", "step", "evaluation", "memory", "growth")
+PARTS = ("search", "step", "evaluation", "precision", "memory", "growth")
 # The training steps that are timed: (search, under bfloat16 autocast).
 STEPS = {"paper": ("paper", False), "fast": ("fast", False), "fast, amp": ("fast", True)}
 
@@ -304,6 +304,28 @@ def evaluation(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int)
     }
 
 
+def precision(case: Case, network: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, float]:
+    """Cosine between the penalty's gradient in the weights, at sharp points, and float64's."""
+    ball = Ball("l_inf", case.epsilon)
+    options = {"step_size": case.fast_step_size, "num_steps": case.fast_num_steps}
+    sharp = sharpest_point(network.eval(), x, y, ball, search="fast", start=x, **options)
+
+    def gradient(dtype: torch.dtype, amp: bool) -> Tensor:
+        judged = copy.deepcopy(network).to(dtype, memory_format=torch.channels_last).train()
+        rows = sharp.to(dtype).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            terms = lfr_loss(judged, rows, y, ball, step_size=0.0, num_steps=0, lambada=1.0)
+        terms.flatness.backward()
+        parts = [p.grad for p in judged.parameters() if p.grad is not None]
+        return torch.cat([part.double().flatten() for part in parts])
+
+    exact = gradient(torch.float64, False)
+    return {
+        name: float(F.cosine_similarity(exact, gradient(torch.float32, amp), dim=0))
+        for name, amp in (("float32", False), ("bfloat16", True))
+    }
+
+
 def _peak(case: Case, num_steps: int, batch: int) -> float:
     """Peak resident memory, in MB, of a process that does one training step (``paper``)."""
     torch.manual_seed(0)
@@ -377,6 +399,13 @@ def show(results: dict[str, Any]) -> None:
                     f"{figures['ours_seconds']:8.3f} {figures['ratio']:6.2f}x "
                     f"{f'({low:.2f}-{high:.2f})':>13}  {notes}"
                 )
+    for case, by_weights in results["cases"].items():
+        for weights, parts in by_weights.items():
+            text = ", ".join(
+                f"{n} {cosine:.4f}" for n, cosine in parts.get("precision", {}).items()
+            )
+            if text:
+                print(f"{case}, {weights}: cosine of the penalty's gradient with float64's: {text}")
     for case, figures in results.get("memory", {}).items():
         text = ", ".join(f"{n} steps {mb:.0f} MB" for n, mb in figures.items())
         print(f"{case}: peak memory of a training step: {text}")
@@ -466,7 +495,7 @@ def main() -> int:
         table = results["cases"][case.name] = {}
         for weights, network in networks.items():
             parts = table[weights] = {}
-            for function in (search, step, evaluation):
+            for function in (search, step, evaluation, precision):
                 if function.__name__ in args.only:
                     torch.manual_seed(0)
                     found = function(case, network, x, y, args.pairs)
