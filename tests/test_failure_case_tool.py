@@ -92,11 +92,11 @@ def test_without_logs_the_picture_is_refused(kept, tmp_path):
 def test_every_command_is_one_that_the_script_takes(variant, tmp_path):
     import cifar_defense
 
-    args = argparse.Namespace(runs_dir=tmp_path, data_dir=tmp_path, epochs=3, threads=1)
+    args = argparse.Namespace(runs_dir=tmp_path, data_dir=tmp_path, epochs=12, threads=1)
     words = failure_case.command(variant, 1002, args)
     assert words[0] == "cifar_defense.py"
     parsed = parse_training(cifar_defense.DEFAULTS, words[1:])
-    assert parsed.manualSeed == 1002 and parsed.epochs == 3 * variant.times
+    assert parsed.manualSeed == 1002 and parsed.epochs == 12 * variant.times
     (tmp_path / f"{variant.name}_1002").mkdir()
     (tmp_path / f"{variant.name}_1002" / "checkpoint.pth.tar").touch()
     assert "--resume" in failure_case.command(variant, 1002, args)

@@ -408,3 +408,42 @@ def test_nothing_of_the_mode_stays():
     assert torch.equal(before, after)
     after.sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_by_its_own_batch(affine):
+    """The gradients of a gradient norm, and the running statistics, are PyTorch's own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    x, along = (draw(3, 2, 4, 3) + 1).requires_grad_(), draw(3, 2, 4, 3)
+    parameters = [draw(2).requires_grad_(), draw(2).requires_grad_()] if affine else []
+
+    def look(kernels):
+        running = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+        with kernels:
+            y = F.batch_norm(x, *running, *(parameters or (None, None)), True, 0.3, 1e-3)
+        with kernels.first_derivative():
+            (g,) = torch.autograd.grad((y.sin() * along).sum(), x, create_graph=True)
+        found = torch.autograd.grad((g.abs() * along).sum(), [x, *parameters])
+        return [y, g, *running, *found]
+
+    class Plain(Kernels):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert_all_close(look(Kernels()), look(Plain()), 1e-10)
+
+
+def test_batch_norm_by_its_own_batch_differentiated_by_everything():
+    """Outside of first_derivative(), all second derivatives are there."""
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 2, 2), 2, 2)]
+
+    def normalized(x, weight, bias):
+        with Kernels():
+            return F.batch_norm(x, None, None, weight, bias, True)
+
+    assert gradcheck(normalized, inputs)
+    assert gradgradcheck(normalized, inputs)

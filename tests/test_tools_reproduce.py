@@ -158,6 +158,9 @@ def test_without_autoattack(reproduction, commands, monkeypatch, tmp_path):
         raise UserError("not installed")
 
     monkeypatch.setattr(reproduce, "library_version", missing)
+    expected = {"clean": Figure(99, 1), "pgd": Figure(30, 1), "autoattack": Figure(25, 1)}
+    recipe = Recipe("cifar_defense.py", "cifar_eval.py", "", "", expected)
+    monkeypatch.setitem(RECIPES, "cifar", recipe)
     pretend_run(tmp_path / "cifar", 30.0, attacks=("PGD",))
     code, out = reproduction("cifar")
     assert code == 0 and "AutoAttack is skipped: pip install pyautoattack" in out

@@ -84,7 +84,7 @@ RECIPES = {
     "cifar": Recipe(
         train="cifar_defense.py",
         evaluate="cifar_eval.py",
-        flags="--dataset cifar10 -a resnet --depth 20 --activation silu --search fast --amp "
+        flags="-a resnet --depth 20 --activation silu --search fast --amp "
         "--lr 0.2 --lr_schedule onecycle --lambada 0.02 --warmup 1 --epochs 12 --ema 0.998 "
         "--probe_size 1000",
         smoke=f"{SMOKE} --depth 8",

@@ -14,6 +14,8 @@ passes, forward, J^T u, J v, J^T w. That is what double backward itself comes to
   differentiations of the penalty;
 - the second derivatives of ReLU and max-pooling, which PyTorch carries as tensors of zeros;
 - BatchNorm by given statistics, which folds into the convolution before it;
+- the second derivative of BatchNorm by its own batch, which PyTorch composes of some fifty passes
+  over the activations and which comes to two and a few;
 - the second derivative of a convolution by its weights, which PyTorch computes as a convolution
   with kernels as large as the image, and the layouts that its CPU kernels like less.
 
@@ -288,6 +290,90 @@ class _BatchNormWithStatistics(Function):
         return dx, dweight, dbias, None
 
 
+class _BatchNorm(Function):
+    """Train-mode BatchNorm, y = w z + b with z = (x - mean) r; the running statistics move."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        momentum: float,
+        eps: float,
+        wanted: Wanted,
+    ) -> Tensor:
+        y, mean, inverse = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps, ctx.wanted = eps, wanted
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        if ctx.wanted.input_only:
+            dx = _BatchNormGradient.apply(grad, x, weight, mean, inverse, ctx.eps)
+            return dx, None, None, None, None, None, None
+        # PyTorch's own, which knows its derivative too, at three times the cost of ours.
+        mask = [True, weight is not None, weight is not None]
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, mask
+        )
+        return *gradients, None, None, None, None
+
+
+class _BatchNormGradient(Function):
+    """(grad, x, weight) -> the gradient of BatchNorm by x, dx = w r P grad.
+
+    P takes away the mean and the part along z: P u = u - mean(u) - z mean(u z), self-adjoint.
+    ``mean`` and ``inverse`` (r) are functions of x, and differentiated as such.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        inverse: Tensor,
+        eps: float,
+    ) -> Tensor:
+        dx, along, total = _batch_norm_backward(grad, x, weight, mean, inverse, eps)
+        ctx.save_for_backward(grad, x, weight, mean, inverse, dx, along, total)
+        ctx.eps = eps
+        return dx
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x, weight, mean, inverse, dx, along, total = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        by_grad, v_along, v_total = _batch_norm_backward(v, x, weight, mean, inverse, ctx.eps)
+        # <v, dx> = w r A with A = <v, P grad>. It depends on x by z in A (whose gradient, seen
+        # through z, gives the first two terms) and by r.
+        product = (v * grad).sum((0, 2, 3), dtype=mean.dtype)
+        a = product - (v_total * total + v_along * along) / count
+        scale = inverse if weight is None else inverse * weight
+        slope = -scale * a * inverse**2 / count
+        by_x = torch.addcmul(_channels(-slope * mean, x), x, _channels(slope, x))
+        by_x = by_x.addcmul_(by_grad, _channels(-inverse * along / count, x))
+        by_x = by_x.addcmul_(dx, _channels(-inverse * v_along / count, x))
+        by_weight = None if weight is None else inverse * a
+        return by_grad, by_x.to(x.dtype), by_weight, None, None, None
+
+
+def _batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w r P grad like x, and the sums of grad z and of grad, both [C]."""
+    weight = torch.ones_like(mean) if weight is None else weight
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
+    )
+
+
 def _channels(values: Tensor, like: Tensor) -> Tensor:
     """[C] -> [1, C, 1, ..., 1], to be broadcast over ``like``, [N, C, ...]."""
     return values.view(1, -1, *([1] * (like.dim() - 2)))
@@ -405,6 +491,9 @@ class Kernels(TorchFunctionMode):
             self.record[id(running_mean)] = mean, inverse
             _update_running(running_mean, running_var, mean, inverse, x, momentum, eps)
             return y
+        if training and x.dim() == 4:
+            running = running_mean, running_var
+            return _BatchNorm.apply(x, weight, bias, running, momentum, eps, self.wanted)
         if not training:
             running_mean, running_var = _kept(running_mean), _kept(running_var)
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
