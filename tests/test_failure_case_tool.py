@@ -14,6 +14,7 @@ from tools import failure_case
 from utils.errors import UserError
 from utils.options import parse_training
 
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 COLUMNS = (
     "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\tloss normal\tloss gradient\t"
     "Val Acc.\tVal Robust Acc.\tTest Robust Acc.\tMode Gap\tSeconds"
@@ -40,14 +41,14 @@ def kept(tmp_path, monkeypatch):
 @pytest.fixture
 def folder_data(tmp_path):
     generator = np.random.default_rng(0)
-    for part, count in (("train", 24), ("test", 8)):
-        for name in ("a", "b"):
-            folder = tmp_path / "images" / part / name
+    for part, count in (("train", 5), ("test", 2)):
+        for name in CIFAR10:
+            folder = tmp_path / "data" / "cifar10" / part / name
             folder.mkdir(parents=True)
             for number in range(count):
                 pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
-    return tmp_path / "images"
+    return tmp_path / "data"
 
 
 def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
@@ -57,7 +58,7 @@ def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
     assert "70.0 (60.0-80.0)" in mixed and "20.0 (10.0-30.0)" in mixed
     assert [cell.strip() for cell in mixed.split("|")[-3:-1]] == [
         "2 of 2 (epoch 1, 1)",
-        "1 of 2 (epoch 2)",
+        "20.0 (10.0-30.0)",
     ]
     assert "70.0 (60.0-80.0)" in mixed.split("|")[6]  # batch statistics: accuracy plus gap
     group = next(row for row in rows if row.startswith("| group |"))
@@ -68,7 +69,7 @@ def test_a_row_may_be_of_an_earlier_epoch(kept):
     (row,) = failure_case.table(failure_case.pick(["mixed"]), epoch=1).splitlines()[2:]
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3:6] == ["1 (1-1)", "20.0 (20.0-20.0)", "20.0 (20.0-20.0)"]
-    assert row.split("|")[-2].strip() == "0 of 2"
+    assert cells[-3:-1] == ["2 of 2 (epoch 1, 1)", "-"]
     with pytest.raises(UserError, match="--epoch 0: allowed is 1 or more"):
         failure_case.parse(["table", "--epoch", "0"])
 
@@ -109,6 +110,7 @@ def test_a_run_leaves_its_log_and_is_not_made_twice(kept, folder_data, monkeypat
         "cifar_defense.py --dataset folder --depth 8 --train_batch 8 "
         "--probe_size 4 --probe_steps 1 --max_steps 1 --num_steps 1 --image_interval 0",
     )
+    monkeypatch.setattr(failure_case, "IMAGES", {"train": 40, "test": 20})
     words = ["run", "--data_dir", str(folder_data), "--runs_dir", str(tmp_path / "runs")]
     args = failure_case.parse([*words, "--only", "shared", "--seeds", "3", "--epochs", "1"])
     assert failure_case.run_all(args) == 0
@@ -116,13 +118,16 @@ def test_a_run_leaves_its_log_and_is_not_made_twice(kept, folder_data, monkeypat
     assert len(log_file.read_text().splitlines()) == 2
     told = json.loads((tmp_path / "runs" / "shared_3" / "args.json").read_text())
     assert told["arguments"]["bn_mode"] == "shared"
+    images = list((tmp_path / "runs" / "images" / "train").rglob("*.png"))
+    assert len(images) == 40 and {Image.open(path).size for path in images} == {(16, 16)}
     written = log_file.stat().st_mtime_ns
     assert failure_case.run_all(args) == 0
     assert log_file.stat().st_mtime_ns == written
 
 
 def test_a_run_that_fails_is_reported(kept, monkeypatch, tmp_path, capsys):
-    words = ["run", "--data_dir", str(tmp_path / "nowhere"), "--runs_dir", str(tmp_path / "runs")]
+    (tmp_path / "runs" / "images").mkdir(parents=True)  # and nothing in it
+    words = ["run", "--data_dir", str(tmp_path), "--runs_dir", str(tmp_path / "runs")]
     args = failure_case.parse([*words, "--only", "shared", "--seeds", "3"])
     assert failure_case.run_all(args) == 1
     assert "shared, seed 3: exit code 2" in capsys.readouterr().err
