@@ -19,7 +19,7 @@ from utils.engine import Progress, evaluate, mode_gap, probe, train_one_epoch
 from utils.errors import UserError
 from utils.lfr import LFRTerms
 from utils.runtime import World
-from utils.training import flatness_weight, learning_rate
+from utils.training import _Run, flatness_weight, learning_rate
 
 HERE = World(torch.device("cpu"))
 
@@ -284,6 +284,29 @@ def test_mode_gap_by_hand():
     assert network.training
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("penalty", "at_images", "flags", "says"),
+    [
+        (0.2, 300.0, {}, True),
+        (101.0, 300.0, {}, False),
+        (0.2, 300.0, {"bn_mode": "running"}, False),  # whose flatness is flatness_eval, 0.1
+        (0.2, 300.0, {"defense": "at"}, False),
+        (0.2, 300.0, {"num_steps": 0}, False),
+        (0.2, 300.0, {"warmup": 3.0}, False),
+        (0.001, 0.5, {}, False),
+    ],
+)
+def test_a_network_that_hides_from_the_search_is_reported(penalty, at_images, flags, says):
+    """The sharpest point of a ball is at least as sharp as its centre."""
+    settings = {"defense": "lfr", "num_steps": 1, "bn_mode": "shared", "warmup": 0, "epsilon": 0.1}
+    run = SimpleNamespace(args=SimpleNamespace(**{**settings, **flags}), progress=Progress(epoch=3))
+    found = {"flatness_batch": at_images, "flatness_eval": 0.1}
+    warning = _Run._hides(run, {"flatness": penalty}, found)
+    assert (warning is not None) == says
+    if says:
+        assert "(0.2)" in warning and "(300)" in warning and "--num_steps" in warning
 
 
 # -- schedules ------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ VARIANTS = (
     Variant("shared", "--bn_mode shared", "all on the clean batch's statistics (the default)"),
     Variant("mixed_silu", "--bn_mode mixed --activation silu", "mixed, SiLU"),
     Variant("shared_silu", "--bn_mode shared --activation silu", "shared, SiLU"),
+    Variant(
+        "shared_silu_steps",
+        "--bn_mode shared --activation silu --num_steps 4 --step_size 0.075",
+        "shared, SiLU, four steps of half the length in the search",
+    ),
     Variant("mixed_softplus", "--bn_mode mixed --activation softplus", "mixed, softplus"),
     Variant("shared_softplus", "--bn_mode shared --activation softplus", "shared, softplus"),
     Variant("mixed_fast", "--bn_mode mixed --search fast", "mixed, loss ascent"),

@@ -49,6 +49,10 @@ EXTRA_COLUMNS = (
 # The two modes of BatchNorm have parted when they disagree by this many percent points.
 PARTED = 20.0
 
+# The sharpest point of a ball is at least as sharp as its centre. Where the penalty is this many
+# times less than the gradient norm at held-out images, the search no longer finds what is there.
+HIDDEN = 3.0
+
 # Batches from which an averaged network gets the running statistics of its BatchNorm.
 STATISTICS_BATCHES = 20
 
@@ -445,6 +449,8 @@ class _Run:
                 file=sys.stderr,
                 flush=True,
             )
+        elif warning := self._hides(means, found):
+            print(f"warning: epoch {progress.epoch}: {warning}", file=sys.stderr, flush=True)
         board.flush()
         log.append(
             {
@@ -480,12 +486,30 @@ class _Run:
                 found[f"{name}_robust"] = probe(
                     network, head, self.ball, args.probe_steps, args.test_batch
                 )
+        held_out = self.val_set if self.val_set is not None else self.test_set
+        slice_ = held_out.head(max(2, min(512, len(held_out))))
+        found.update(mode_gap(network, slice_, self.ball, args.train_batch))
         if _has_batch_norm(network):
-            held_out = self.val_set if self.val_set is not None else self.test_set
-            slice_ = held_out.head(max(2, min(512, len(held_out))))
-            found.update(mode_gap(network, slice_, self.ball, args.train_batch))
             found["gap"] = found["accuracy_batch"] - found["accuracy_eval"]
         return found
+
+    def _hides(self, means: dict[str, float], found: dict[str, float]) -> str | None:
+        """What to say when the network is flat at the points of the search and nowhere else."""
+        args = self.args
+        if args.defense != "lfr" or args.num_steps == 0:
+            return None
+        at_images = found["flatness_eval" if args.bn_mode == "running" else "flatness_batch"]
+        # Not where the network is flat anyway, nor early: the penalty is the mean over an epoch in
+        # which a fresh network's gradients grow from nothing.
+        early = self.progress.epoch <= max(1.0, args.warmup)
+        if early or args.epsilon * at_images < 0.1 or HIDDEN * means["flatness"] >= at_images:
+            return None
+        return (
+            f"the penalty ({means['flatness']:.3g}) is less than a third of the gradient norm at "
+            f"held-out images ({at_images:.3g}), which a search in their neighbourhood should "
+            "exceed: the network hides from the search; try more --num_steps of a smaller "
+            "--step_size, or --search fast (see docs/failure_case.md)"
+        )
 
     def _draw(self, board: Board, epoch: int) -> None:
         args = self.args
