@@ -286,6 +286,16 @@ def test_mode_gap_by_hand():
         assert torch.equal(value, before[key]), key
 
 
+def test_a_constant_network_is_no_best():
+    """It is robust on every image of the class that it names."""
+    run = SimpleNamespace(train_set=SimpleNamespace(num_classes=10))
+    constant = {"test_accuracy": 10.0, "val_accuracy": 9.8, "val_robust": 9.8}
+    fragile = {"test_accuracy": 40.0, "val_accuracy": 41.0, "val_robust": 0.2}
+    assert _Run._score(run, constant) == 0 < _Run._score(run, fragile) == 0.2
+    assert _Run._score(run, {"test_accuracy": 40.0, "val_accuracy": 41.0}) == 41.0
+    assert _Run._score(run, {"test_accuracy": 40.0}) == 40.0
+
+
 @pytest.mark.parametrize(
     ("penalty", "at_images", "flags", "says"),
     [
