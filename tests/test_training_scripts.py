@@ -379,12 +379,12 @@ def test_a_run_that_is_done_stays_done(command, grey_folder, tmp_path):
     code, _, err = command(SHORT + " --overwrite", **places)
     assert code == 0, err
     # The best score of the run survives a resume, so that a worse epoch does not replace it.
+    state = load_checkpoint(checkpoint)
+    state["training"]["progress"]["best"] = 99.0
+    save_checkpoint(checkpoint, state)
     code, _, err = command(f"{SHORT} --epochs 2 --resume {checkpoint}", **places)
     assert code == 0, err
-    assert (
-        load_checkpoint(checkpoint)["best_acc"]
-        >= load_checkpoint(checkpoint)["measured"]["val_robust"]
-    )
+    assert load_checkpoint(checkpoint)["best_acc"] == 99.0
 
 
 @pytest.mark.parametrize("flags", ["", RESNET + " --ema 0.5 --lr 0.5"])

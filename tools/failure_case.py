@@ -64,7 +64,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("mixed", "--bn_mode mixed", "the original's mix of modes"),
+    Variant("mixed", "--bn_mode mixed", "the original's mix of modes", times=2),
     Variant("shared", "--bn_mode shared", "all on the clean batch's statistics (the default)"),
     Variant("mixed_silu", "--bn_mode mixed --activation silu", "mixed, SiLU"),
     Variant("shared_silu", "--bn_mode shared --activation silu", "shared, SiLU"),
