@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -260,7 +261,8 @@ def draw(args: argparse.Namespace) -> int:
     figure.set_figwidth(3.4 * len(chosen) + 0.8)
     axes = figure.subplots(len(quantities), len(chosen), sharex=True, sharey="row", squeeze=False)
     for column, variant in enumerate(chosen):
-        axes[0][column].set_title(f"{variant.name}: {variant.says}", fontsize=10)
+        title = textwrap.fill(f"{variant.name}: {variant.says}", 36)
+        axes[0][column].set_title(title, fontsize=10)
         for row, (label, names, said) in enumerate(quantities):
             axis = axes[row][column]
             for name, words, colour in zip(names, said, ("#4477aa", "#cc3311")):
@@ -272,6 +274,7 @@ def draw(args: argparse.Namespace) -> int:
                 axis.legend(frameon=False, fontsize=9)
         axes[0][column].axhline(10, color="#888888", linewidth=0.8, linestyle=":")
         axes[-1][column].set_xlabel("epoch")
+        axes[-1][column].xaxis.get_major_locator().set_params(integer=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save(figure, args.output)
     return 0
