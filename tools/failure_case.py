@@ -87,8 +87,8 @@ VARIANTS = (
     Variant(
         "shared_long",
         "--bn_mode shared --lr_schedule step --gamma 0.1",
-        "the default three times as long, with a decay of the learning rate",
-        times=3,
+        "the default five times as long, with a decay of the learning rate",
+        times=5,
     ),
 )
 
