@@ -163,10 +163,10 @@ def test_an_image_gets_the_same_digits_in_any_batch(small_cnn, tiny_resnet, thre
     torch.set_num_threads(threads)
     networks = ((small_cnn, (1, 28, 28)), (tiny_resnet, (3, 32, 32)))
     for network, shape in networks[: 3 - threads]:
-        x, y = torch.rand(32, *shape), torch.randint(10, (32,))
+        x, y = torch.rand(240, *shape), torch.randint(10, (240,))
         kernels = Kernels(frozen=True)
         logits, losses, gradient = loss_and_gradient(network, x, y, kernels)
-        for count in (1, 3, 11, 17):
+        for count in (1, 3, 11, 17, 100, 200):
             part = loss_and_gradient(network, x[:count], y[:count], kernels)
             for values, all_values in zip(part, (logits, losses, gradient)):
                 assert torch.equal(values, all_values[:count])

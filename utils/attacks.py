@@ -15,13 +15,15 @@ on the batch size nor on the other images.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from utils.ball import Ball, ascend
 from utils.errors import UserError
@@ -31,6 +33,8 @@ from utils.second_order import Kernels
 GRADIENT_ATTACKS = ("FGSM", "PGD", "MPGD")
 MINIMUM_NORM_ATTACKS = ("JSMA", "DDNL2", "point-wise")
 LIBRARY_ATTACKS = ("AutoAttack", "Square")
+# Rows of a matrix product that are computed together, see SteadyRows.
+ROWS = 16
 ATTACKS = (*GRADIENT_ATTACKS, *MINIMUM_NORM_ATTACKS, *LIBRARY_ATTACKS)
 
 
@@ -221,15 +225,42 @@ def frozen(network: nn.Module) -> Iterator[None]:
 def filled_up(x: Tensor) -> Tensor:
     """``x`` with its first image repeated until the batch size suits the processor.
 
-    Matrix products of a few rows, or of rows that do not divide among the threads, add up in
+    Convolutions of a few images, or of images that do not divide among the threads, add up in
     another order: the same image then gets other last digits in another batch, and now and then
-    another verdict. Multiples of 8 rows per thread give the same digits.
+    another verdict. Multiples of 8 images per thread, and of :data:`ROWS`, give the same digits.
     """
-    quantum = 8 * min(torch.get_num_threads(), 8) if x.device.type == "cpu" else 8
+    quantum = ROWS
+    if x.device.type == "cpu":
+        quantum *= -(-8 * min(torch.get_num_threads(), 8) // ROWS)
     missing = -len(x) % quantum
     if not missing:
         return x
     return torch.cat((x, x[:1].expand(missing, *x.shape[1:])))
+
+
+class SteadyRows(TorchFunctionMode):
+    """While entered, linear layers on a CPU compute :data:`ROWS` rows at a time.
+
+    A matrix product is cut into pieces by its shape, on some processors differently for 192 rows
+    than for 200, and each way adds up in another order.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.device.type != "cpu" or input.dim() != 2 or len(input) <= ROWS:
+        return F.linear(input, weight, bias)
+    return torch.cat([F.linear(rows, weight, bias) for rows in input.split(ROWS)])
+
+
+def steady_logits(network: nn.Module, x: Tensor) -> Tensor:
+    """Logits of images that :func:`filled_up` has made, in float32, no digit by the batch."""
+    with SteadyRows():
+        return full_precision(network(x))
 
 
 @torch.no_grad()
@@ -242,7 +273,7 @@ def logits_of(network: nn.Module, x: Tensor, kernels: Kernels | None = None) -> 
     if not len(x):
         return network(x.new_zeros(1, *x.shape[1:]))[:0]
     with nullcontext() if kernels is None else kernels:
-        logits = full_precision(network(filled_up(x)))[: len(x)]
+        logits = steady_logits(network, filled_up(x))[: len(x)]
     _check_finite(logits)
     return logits
 
@@ -273,7 +304,7 @@ def loss_and_gradient(
     labels = torch.cat((y, y[:1].expand(len(points) - count)))
     with torch.enable_grad():
         with kernels:
-            logits = full_precision(network(points))
+            logits = steady_logits(network, points)
             losses = F.cross_entropy(logits, labels, reduction="none")
         with kernels.first_derivative():
             gradient = torch.autograd.grad(losses.sum(), points)[0]

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from utils.attacks import SQUARE_QUERIES, filled_up, frozen, misclassified, verify
+from utils.attacks import SQUARE_QUERIES, filled_up, frozen, misclassified, steady_logits, verify
 from utils.ball import Ball
 from utils.errors import UserError
-from utils.lfr import full_precision
 from utils.second_order import Kernels
 
 CHUNK = 100  # images attacked together; part of the result, since they share random numbers
@@ -134,7 +133,7 @@ def run_library(
 
     def logits(images: Tensor) -> Tensor:
         with kernels:
-            return full_precision(network(_Layouts.apply(filled_up(images))))[: len(images)]
+            return steady_logits(network, _Layouts.apply(filled_up(images)))[: len(images)]
 
     with frozen(network), _contained() as notes:
         robust = ~misclassified(network, x, y)

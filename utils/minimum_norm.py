@@ -27,10 +27,10 @@ from utils.attacks import (
     loss_and_gradient,
     misclassified,
     sample_generator,
+    steady_logits,
     verify,
 )
 from utils.ball import Ball
-from utils.lfr import full_precision
 from utils.second_order import Kernels
 
 _ROWS = 256  # images of one pass of point-wise
@@ -148,7 +148,7 @@ def _logit_gradients(
     labels = torch.cat((targets, targets[:1].expand(len(points) - len(x))))
     with torch.enable_grad():
         with kernels:
-            logits = full_precision(network(points))
+            logits = steady_logits(network, points)
         with kernels.first_derivative():
             chosen = logits.gather(1, labels[:, None]).sum()
             target = torch.autograd.grad(chosen, points, retain_graph=True)[0]
