@@ -259,7 +259,7 @@ def draw(args: argparse.Namespace) -> int:
     )
     figure = new_figure(5.6)
     figure.set_figwidth(3.4 * len(chosen) + 0.8)
-    axes = figure.subplots(len(quantities), len(chosen), sharex=True, sharey="row", squeeze=False)
+    axes = figure.subplots(len(quantities), len(chosen), sharex="col", sharey="row", squeeze=False)
     for column, variant in enumerate(chosen):
         title = textwrap.fill(f"{variant.name}: {variant.says}", 36)
         axes[0][column].set_title(title, fontsize=10)
