@@ -69,6 +69,11 @@ def normalization(
             module.training, module.track_running_stats = was_training, tracked
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the network depends on which statistics it normalises by."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 class Passes:
     """The passes of one training step, each a context that yields the kernels to compute with.
 
@@ -120,9 +125,7 @@ class Passes:
     @torch.no_grad()
     def finish(self, x: Tensor) -> None:
         """The updates of the running statistics that are not a by-product of the passes above."""
-        if self.model.training and self.bn_mode in ("running", "mixed") and self._normalizes():
+        again = self.bn_mode in ("running", "mixed")
+        if again and self.model.training and has_batch_norm(self.model):
             with normalization(self.model, batch_statistics=True, update=True):
                 self.model(x)
-
-    def _normalizes(self) -> bool:
-        return any(isinstance(module, _BatchNorm) for module in self.model.modules())

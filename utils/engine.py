@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.attacks import pgd
 from utils.ball import Ball
-from utils.batch_norm import mode, normalization
+from utils.batch_norm import has_batch_norm, mode, normalization
 from utils.data import Batches, ImageSet
 from utils.errors import UserError
 from utils.lfr import LFRTerms, flatness
@@ -187,10 +187,14 @@ def mode_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) ->
 
     Returns:
         ``accuracy_eval``, ``accuracy_batch`` (percent), ``flatness_eval``, ``flatness_batch``
-        (mean gradient norm at the images). Equal without BatchNorm.
+        (mean gradient norm at the images). Equal without BatchNorm, where one measure is both.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, on_batch in (("eval", False), ("batch", True)):
+        if on_batch and not has_batch_norm(network):
+            found["accuracy_batch"] = found["accuracy_eval"]
+            found["flatness_batch"] = found["flatness_eval"]
+            break
         correct, steepness = 0, 0.0
         with mode(network, training=False), normalization(network, batch_statistics=on_batch):
             for x, y, _ in Batches(data, batch_size, shuffle=False):

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from models import build_model
 from utils.ball import Ball
-from utils.batch_norm import mode
+from utils.batch_norm import has_batch_norm, mode
 from utils.board import Board
 from utils.data import Batches, ImageSet, load_dataset, split_validation
 from utils.defenses import Defense, DefenseLoss
@@ -400,7 +400,7 @@ class _Run:
     ) -> None:
         """Measure the network after an epoch, write every log, save the checkpoints."""
         args, progress = self.args, self.progress
-        if self.average is not None and _has_batch_norm(self.network):
+        if self.average is not None and has_batch_norm(self.network):
             # Statistics of averaged weights are not the average of the statistics: while the
             # weights still move fast, such a network is at chance.
             images = (x for x, _, _ in islice(batches.iterate(), STATISTICS_BATCHES))
@@ -489,7 +489,7 @@ class _Run:
         held_out = self.val_set if self.val_set is not None else self.test_set
         slice_ = held_out.head(max(2, min(512, len(held_out))))
         found.update(mode_gap(network, slice_, self.ball, args.train_batch))
-        if _has_batch_norm(network):
+        if has_batch_norm(network):
             found["gap"] = found["accuracy_batch"] - found["accuracy_eval"]
         return found
 
@@ -576,10 +576,6 @@ class _Run:
             )
         )
         return 0
-
-
-def _has_batch_norm(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
