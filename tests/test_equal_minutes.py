@@ -1,0 +1,53 @@
+"""benchmarks/equal_minutes.py: minutes become steps, rows are trained and attacked as told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from benchmarks import equal_minutes
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "epochs", "steps"),
+    [(1, 6.0, 1, 10), (1, 0.1, 6, 100), (2, 0.13, 10, 93), (0.001, 60.0, 1, 1)],
+)
+def test_the_minutes_are_filled(minutes, seconds, epochs, steps):
+    args = argparse.Namespace(minutes=minutes, steps_per_epoch=100)
+    assert equal_minutes.plan(seconds, args) == (epochs, steps)
+
+
+@pytest.mark.parametrize(
+    "words", [["--minutes", "0"], ["--minutes", "nan"], ["--num_examples", "0"], ["--threads", "0"]]
+)
+def test_senseless_values_are_refused_in_one_line(words):
+    with pytest.raises(UserError, match=f"{words[0]} {words[1]}: allowed is"):
+        equal_minutes.parse(words)
+
+
+def test_spread_over_seeds():
+    assert equal_minutes.spread([1.0]) == "1.0"
+    assert equal_minutes.spread([1.0, 4.0, 2.5]) == "2.5 (1.0-4.0)"
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_attacked_and_kept(tmp_path, monkeypatch, capsys):
+    result = tmp_path / "found.json"
+    words = ["--dataset", "digits", "--minutes", "0.02", "--only", "none", "--attacks", "PGD"]
+    words += ["--num_examples", "20", "--runs_dir", str(tmp_path / "runs"), "--output", str(result)]
+    monkeypatch.setattr(sys, "argv", ["equal_minutes", *words])
+    assert equal_minutes.main() == 0
+    run = json.loads(result.read_text())["rows"]["none"]["1000"]
+    epochs, steps = json.loads((tmp_path / "runs" / "none_length.json").read_text())["length"]
+    assert run["steps"] == epochs * steps
+    assert 0 <= run["robust"]["PGD"] <= run["clean"] <= 100
+    assert "| none: `--defense none --lr 0.1` | " in capsys.readouterr().out
+    # Given again, nothing is trained twice.
+    trained = (tmp_path / "runs" / "none_1000" / "checkpoint.pth.tar").stat().st_mtime_ns
+    assert equal_minutes.main() == 0
+    kept = (tmp_path / "runs" / "none_1000" / "checkpoint.pth.tar").stat().st_mtime_ns
+    assert kept == trained
