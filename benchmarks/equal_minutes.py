@@ -124,7 +124,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean, and in brackets the least and the largest."""
     text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ({min(values):.{digits}f}-{max(values):.{digits}f})"
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
     return text
 
 

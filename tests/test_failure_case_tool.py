@@ -51,25 +51,33 @@ def folder_data(tmp_path):
     return tmp_path / "data"
 
 
+def cells_of(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("| ").split(" | ")]
+
+
 def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
     rows = failure_case.table(failure_case.pick(None)).splitlines()
     assert len(rows) == 2 + 3
-    mixed = next(row for row in rows if row.startswith("| mixed |"))
-    assert "70.0 (60.0-80.0)" in mixed and "20.0 (10.0-30.0)" in mixed
-    assert [cell.strip() for cell in mixed.split("|")[-3:-1]] == [
-        "2 of 2 (epoch 1, 1)",
-        "20.0 (10.0-30.0)",
-    ]
-    assert "70.0 (60.0-80.0)" in mixed.split("|")[6]  # batch statistics: accuracy plus gap
-    group = next(row for row in rows if row.startswith("| group |"))
-    assert group.split("|")[6].strip() == "48.0" and "0 of 1" in group
+    mixed = cells_of(next(row for row in rows if row.startswith("| mixed |")))
+    assert mixed[2:5] == ["2 x 2", "70.0 (60.0 to 80.0)", "20.0 (10.0 to 30.0)"]
+    assert mixed[5] == "70.0 (60.0 to 80.0)"  # batch statistics: accuracy plus gap
+    assert mixed[6:8] == ["50.0 (30.0 to 70.0)", "2 (2 to 2), from 1, 1"]
+    assert mixed[-2:] == ["1.0 (0.5 to 1.5)", "20.0 (10.0 to 30.0)"]
+    group = cells_of(next(row for row in rows if row.startswith("| group |")))
+    assert group[5:8] == ["48.0", "-", "0"]
+
+
+def test_figures_are_means_over_the_last_quarter_of_the_epochs():
+    assert failure_case.tail([1, 2, 3, 4, 5, 6, 8, 10]) == 9
+    assert failure_case.tail([7]) == 7
+    assert failure_case.parted([3, 21, float("nan"), 20, 40]) == [2, 5]
 
 
 def test_a_row_may_be_of_an_earlier_epoch(kept):
     (row,) = failure_case.table(failure_case.pick(["mixed"]), epoch=1).splitlines()[2:]
-    cells = [cell.strip() for cell in row.split("|")]
-    assert cells[3:6] == ["1 (1-1)", "20.0 (20.0-20.0)", "20.0 (20.0-20.0)"]
-    assert cells[-3:-1] == ["2 of 2 (epoch 1, 1)", "-"]
+    cells = cells_of(row)
+    assert cells[2:5] == ["2 x 1", "20.0 (20.0 to 20.0)", "20.0 (20.0 to 20.0)"]
+    assert cells[7] == "1 (1 to 1), from 1, 1" and cells[-1] == "-"
     with pytest.raises(UserError, match="--epoch 0: allowed is 1 or more"):
         failure_case.parse(["table", "--epoch", "0"])
 

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,55 +196,75 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
         return "-"
     text = f"{statistics.mean(finite):.{digits}f}"
     if len(finite) > 1:
-        text += f" ({min(finite):.{digits}f}-{max(finite):.{digits}f})"
+        text += f" ({min(finite):.{digits}f} to {max(finite):.{digits}f})"
     return text
 
 
-def first_epoch(values: Sequence[float], is_there: Callable[[float], bool]) -> int | None:
-    """The first epoch, from 1, whose value says so; nan says nothing."""
-    return next((i for i, value in enumerate(values, 1) if is_there(value)), None)
+def tail(values: Sequence[float]) -> float:
+    """Mean over the last quarter of the epochs: single epochs swing. nan says nothing."""
+    last = values[-max(1, len(values) // 4) :]
+    finite = [value for value in last if math.isfinite(value)]
+    return statistics.mean(finite) if finite else math.nan
 
 
-def happened(logs: Iterable[dict[str, list[float]]], column: str, when: Callable) -> str:
-    """In how many runs something happened, and in which epochs first."""
-    epochs = [first_epoch(log[column], when) for log in logs]
-    there = sorted(epoch for epoch in epochs if epoch is not None)
-    text = f"{len(there)} of {len(epochs)}"
-    return f"{text} (epoch {', '.join(map(str, there))})" if there else text
+def parted(gaps: Sequence[float]) -> list[int]:
+    """The epochs, from 1, in which the modes differ by more than the training warns of."""
+    return [epoch for epoch, gap in enumerate(gaps, 1) if gap > PARTED]
 
 
 def table(chosen: Sequence[Variant], epoch: int | None = None) -> str:
-    """Markdown: the state after an epoch (default: the last), mean (and range) over the seeds.
+    """Markdown: the last quarter of the epochs up to one (default: all), mean (and range) of seeds.
 
-    The modes have parted when they differ by more than 20 points, as the training itself warns.
-    "Lowest" is the least test accuracy that a run showed after the warm-up.
+    "Parted" counts, over all epochs, those in which the modes differ by more than 20 points, as
+    the training itself warns, and names the first of each run that has any. "Lowest" is the least
+    test accuracy that a run showed after the warm-up.
     """
-    lines = [
-        "| variant | what | epochs | train acc. | test acc., running statistics | held-out acc., "
-        "batch statistics | held-out PGD | penalty | modes part | lowest test acc. |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = (
+        "variant",
+        "what",
+        "runs x epochs",
+        "train acc.",
+        "test acc., running statistics",
+        "held-out acc., batch statistics",
+        "gap of the two on held-out images",
+        "epochs parted",
+        "held-out PGD",
+        "penalty",
+        "lowest test acc.",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for variant in chosen:
         by_seed = [
             {name: values[:epoch] for name, values in log.items()} for log in logs(variant).values()
         ]
         if not by_seed:
             continue
-        last = [{name: values[-1] for name, values in log.items()} for log in by_seed]
 
-        def column(name: str, last: list[dict[str, float]] = last) -> str:
-            return spread([row[name] for row in last])
+        def column(name: str, by_seed: list[dict[str, list[float]]] = by_seed) -> str:
+            return spread([tail(log[name]) for log in by_seed])
 
-        gap = [row["Mode Gap"] for row in last]
-        batch = [row["Val Acc."] + (0 if math.isnan(g) else g) for row, g in zip(last, gap)]
-        epochs = spread([len(log["Train Acc."]) for log in by_seed], 0)
-        lowest = spread([min(log["Valid Acc."][WARMUP:], default=math.nan) for log in by_seed])
-        lines.append(
-            f"| {variant.name} | {variant.says} | {epochs} | {column('Train Acc.')} | "
-            f"{column('Valid Acc.')} | {spread(batch)} | {column('Val Robust Acc.')} | "
-            f"{column('loss gradient')} | {happened(by_seed, 'Mode Gap', lambda v: v > PARTED)} | "
-            f"{lowest} |"
+        # Without BatchNorm there is one mode and no gap.
+        batch = [
+            tail(log["Val Acc."]) + (0 if math.isnan(gap := tail(log["Mode Gap"])) else gap)
+            for log in by_seed
+        ]
+        epochs = sorted({len(log["Train Acc."]) for log in by_seed})
+        apart = [parted(log["Mode Gap"]) for log in by_seed]
+        firsts = ", ".join(str(each[0]) for each in apart if each)
+        cells = (
+            variant.name,
+            variant.says,
+            f"{len(by_seed)} x {'-'.join(map(str, epochs))}",
+            column("Train Acc."),
+            column("Valid Acc."),
+            spread(batch),
+            column("Mode Gap"),
+            spread([len(each) for each in apart], 0) + (f", from {firsts}" if firsts else ""),
+            column("Val Robust Acc."),
+            column("loss gradient"),
+            spread([min(log["Valid Acc."][WARMUP:], default=math.nan) for log in by_seed]),
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
