@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tools.failure_case import spread
 from utils.data import load_dataset
 from utils.errors import UserError, run_script
 from utils.runs import CHECKPOINT, read_log, write_atomic
@@ -118,14 +119,6 @@ def measure(name: str, seed: int, length: tuple[int, int], args: argparse.Namesp
         "robust": {key: entry["robust_accuracy"] for key, entry in report["attacks"].items()},
         "commands": [shlex.join(["python", *words]), shlex.join(["python", *evaluation])],
     }
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean, and in brackets the least and the largest."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
-    return text
 
 
 def table(found: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> str:

@@ -29,11 +29,6 @@ def test_senseless_values_are_refused_in_one_line(words):
         equal_minutes.parse(words)
 
 
-def test_spread_over_seeds():
-    assert equal_minutes.spread([1.0]) == "1.0"
-    assert equal_minutes.spread([1.0, 4.0, 2.5]) == "2.5 (1.0 to 4.0)"
-
-
 @pytest.mark.slow
 def test_a_row_is_trained_attacked_and_kept(tmp_path, monkeypatch, capsys):
     result = tmp_path / "found.json"

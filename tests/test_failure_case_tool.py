@@ -67,6 +67,12 @@ def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
     assert group[5:8] == ["48.0", "-", "0"]
 
 
+def test_spread_over_seeds():
+    assert failure_case.spread([1.0]) == "1.0"
+    assert failure_case.spread([-1.0, 4.0, float("nan")]) == "1.5 (-1.0 to 4.0)"
+    assert failure_case.spread([float("nan")]) == "-"
+
+
 def test_figures_are_means_over_the_last_quarter_of_the_epochs():
     assert failure_case.tail([1, 2, 3, 4, 5, 6, 8, 10]) == 9
     assert failure_case.tail([7]) == 7
