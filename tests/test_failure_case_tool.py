@@ -61,7 +61,7 @@ def test_a_row_is_mean_range_and_the_count_of_collapses(kept):
     mixed = cells_of(next(row for row in rows if row.startswith("| mixed |")))
     assert mixed[2:5] == ["2 x 2", "70.0 (60.0 to 80.0)", "20.0 (10.0 to 30.0)"]
     assert mixed[5] == "70.0 (60.0 to 80.0)"  # batch statistics: accuracy plus gap
-    assert mixed[6:8] == ["50.0 (30.0 to 70.0)", "2 (2 to 2), from 1, 1"]
+    assert mixed[6:8] == ["50.0 (30.0 to 70.0)", "2, 2 (from 1, 1)"]
     assert mixed[-2:] == ["1.0 (0.5 to 1.5)", "20.0 (10.0 to 30.0)"]
     group = cells_of(next(row for row in rows if row.startswith("| group |")))
     assert group[5:8] == ["48.0", "-", "0"]
@@ -83,7 +83,7 @@ def test_a_row_may_be_of_an_earlier_epoch(kept):
     (row,) = failure_case.table(failure_case.pick(["mixed"]), epoch=1).splitlines()[2:]
     cells = cells_of(row)
     assert cells[2:5] == ["2 x 1", "20.0 (20.0 to 20.0)", "20.0 (20.0 to 20.0)"]
-    assert cells[7] == "1 (1 to 1), from 1, 1" and cells[-1] == "-"
+    assert cells[7] == "1, 1 (from 1, 1)" and cells[-1] == "-"
     with pytest.raises(UserError, match="--epoch 0: allowed is 1 or more"):
         failure_case.parse(["table", "--epoch", "0"])
 
@@ -146,3 +146,9 @@ def test_a_run_that_fails_is_reported(kept, monkeypatch, tmp_path, capsys):
     assert failure_case.run_all(args) == 1
     assert "shared, seed 3: exit code 2" in capsys.readouterr().err
     assert not Path(kept / "shared_3.tsv").exists()
+
+
+def test_the_short_table_has_the_columns_it_names(kept):
+    rows = failure_case.table(failure_case.pick(["group"]), short=True).splitlines()
+    assert cells_of(rows[0]) == failure_case.SHORT.split("; ")
+    assert cells_of(rows[2])[1:] == ["1 x 2", "50.0", "48.0", "-", "0", "6.0"]

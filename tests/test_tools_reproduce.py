@@ -73,7 +73,10 @@ def test_the_smoke_pipeline(reproduction, tmp_path, monkeypatch):
     code, out = reproduction("mnist", "--smoke")
     folder = tmp_path / "mnist_smoke"
     assert code == 0
-    assert out.count("$ python MNIST_defense.py") == out.count("$ python MNIST_eval.py") == 1
+    stages = len(RECIPES["mnist"].stages)
+    assert out.count("$ python MNIST_defense.py") == stages
+    assert out.count("nothing to do: 1 of 1 epochs are done") == stages - 1
+    assert out.count("$ python MNIST_eval.py") == 1
     assert len(read_log(folder / "log.txt")["Seconds"]) == 1
     report = json.loads((folder / "results.json").read_text())
     assert report["dataset"] == "digits" and report["num_examples"] == reproduce.SMOKE_EXAMPLES
@@ -85,8 +88,8 @@ def test_the_smoke_pipeline(reproduction, tmp_path, monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(reproduce, "run", asked.append)
     code, again = reproduction("mnist", "--smoke")
-    assert code == 0 and [command[0] for command in asked] == ["MNIST_defense.py"]
-    assert asked[0][-2:] == ["--resume", str(folder)]
+    assert code == 0 and [command[0] for command in asked] == ["MNIST_defense.py"] * stages
+    assert all(command[-2:] == ["--resume", str(folder)] for command in asked)
     assert "is this network's evaluation already" in again and measured in again
 
 
@@ -95,10 +98,16 @@ def test_the_smoke_pipeline(reproduction, tmp_path, monkeypatch):
 def test_the_scripts_understand_the_commands(name, smoke, tmp_path):
     args = arguments("--data_dir", tmp_path, *(["--smoke"] if smoke else []))
     args.num_examples = 1000
-    training = reproduce.training_command(RECIPES[name], args, tmp_path)
+    trainings = [
+        reproduce.training_command(RECIPES[name], stage, args, tmp_path)
+        for stage in RECIPES[name].stages
+    ]
+    training = trainings[-1]
     evaluation = reproduce.evaluation_command(RECIPES[name], args, tmp_path)
     trained = parse_training(SCRIPTS[training[0]].DEFAULTS, training[1:])
     evaluated = parse_evaluation(SCRIPTS[evaluation[0]].DEFAULTS, evaluation[1:])
+    epochs = [parse_training(SCRIPTS[t[0]].DEFAULTS, t[1:]).epochs for t in trainings]
+    assert epochs == sorted(epochs) and trained.epochs == epochs[-1]
     assert trained.dataset == evaluated.dataset
     assert (trained.dataset == "digits") is smoke
     assert trained.search == "fast" and trained.checkpoint == str(tmp_path)

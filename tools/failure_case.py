@@ -212,11 +212,15 @@ def parted(gaps: Sequence[float]) -> list[int]:
     return [epoch for epoch, gap in enumerate(gaps, 1) if gap > PARTED]
 
 
-def table(chosen: Sequence[Variant], epoch: int | None = None) -> str:
+# heads of the columns that the README shows
+SHORT = "what; runs x epochs; train acc.; test acc.; gap of the modes; epochs parted; penalty"
+
+
+def table(chosen: Sequence[Variant], epoch: int | None = None, short: bool = False) -> str:
     """Markdown: the last quarter of the epochs up to one (default: all), mean (and range) of seeds.
 
-    "Parted" counts, over all epochs, those in which the modes differ by more than 20 points, as
-    the training itself warns, and names the first of each run that has any. "Lowest" is the least
+    "Parted" counts, run by run and over all epochs, those in which the modes differ by more than
+    20 points, as the training itself warns, and names the first where there are any. "Lowest" is the least
     test accuracy that a run showed after the warm-up.
     """
     heads = (
@@ -224,15 +228,20 @@ def table(chosen: Sequence[Variant], epoch: int | None = None) -> str:
         "what",
         "runs x epochs",
         "train acc.",
-        "test acc., running statistics",
+        "test acc.",
         "held-out acc., batch statistics",
-        "gap of the two on held-out images",
+        "gap of the modes",
         "epochs parted",
         "held-out PGD",
         "penalty",
         "lowest test acc.",
     )
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    shown = [place for place, head in enumerate(heads) if not short or head in SHORT.split("; ")]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells[place] for place in shown) + " |"
+
+    lines = [line(heads), "|" + " --- |" * len(shown)]
     for variant in chosen:
         by_seed = [
             {name: values[:epoch] for name, values in log.items()} for log in logs(variant).values()
@@ -250,6 +259,7 @@ def table(chosen: Sequence[Variant], epoch: int | None = None) -> str:
         ]
         epochs = sorted({len(log["Train Acc."]) for log in by_seed})
         apart = [parted(log["Mode Gap"]) for log in by_seed]
+        counts = ", ".join(str(len(each)) for each in apart)
         firsts = ", ".join(str(each[0]) for each in apart if each)
         cells = (
             variant.name,
@@ -259,12 +269,12 @@ def table(chosen: Sequence[Variant], epoch: int | None = None) -> str:
             column("Valid Acc."),
             spread(batch),
             column("Mode Gap"),
-            spread([len(each) for each in apart], 0) + (f", from {firsts}" if firsts else ""),
+            counts + (f" (from {firsts})" if firsts else ""),
             column("Val Robust Acc."),
             column("loss gradient"),
             spread([min(log["Valid Acc."][WARMUP:], default=math.nan) for log in by_seed]),
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -314,6 +324,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--again", action="store_true", help="also those that have a log")
     show = actions.add_parser("table", help="print the table")
     show.add_argument("--epoch", type=int, default=None, help="after this epoch; default: the last")
+    show.add_argument("--short", action="store_true", help="fewer columns: the README's table")
     picture = actions.add_parser("draw", help="draw the curves")
     picture.add_argument("--output", type=Path, default=Path("images/failure_case.png"), help="PNG")
     for action in (run, show, picture):
@@ -333,7 +344,7 @@ def main() -> int:
     if args.action == "draw":
         with house_style():
             return draw(args)
-    print(table(pick(args.only), args.epoch))
+    print(table(pick(args.only), args.epoch, args.short))
     return 0
 
 

@@ -52,6 +52,8 @@ class Recipe:
         expected: "clean", "pgd" and "autoattack", in percent of the first ``num_examples`` test
             images, and "minutes" of training; None is not measured yet.
         num_examples: test images that the expected figures were measured on.
+        stages: flags that the trainings, one after the other in the same folder, differ in; a
+            stage that is done already says so and ends.
     """
 
     train: str
@@ -60,6 +62,7 @@ class Recipe:
     smoke: str
     expected: Mapping[str, Figure | None]
     num_examples: int = 1000
+    stages: tuple[str, ...] = ("",)
 
 
 NOT_YET: dict[str, Figure | None] = dict.fromkeys(("clean", "pgd", "autoattack", "minutes"))
@@ -72,7 +75,9 @@ RECIPES = {
         train="MNIST_defense.py",
         evaluate="MNIST_eval.py",
         flags="--dataset MNIST --search fast --lr 0.1 --lr_schedule onecycle --warmup 2 "
-        "--lambada 0.02 --epochs 24 --ema 0.999 --probe_steps 20 --probe_size 1000",
+        "--lambada 0.02 --ema 0.999 --probe_steps 20 --probe_size 1000",
+        # Going on with a longer schedule raises the learning rate again, to half its peak.
+        stages=("--epochs 24", "--epochs 36"),
         smoke=SMOKE,
         expected={
             "clean": Figure(99.3, 0.3),
@@ -121,10 +126,13 @@ def run(command: list[str]) -> None:
         raise UserError(f"{command[0]} ended with exit code {code}")
 
 
-def training_command(recipe: Recipe, args: argparse.Namespace, folder: Path) -> list[str]:
+def training_command(
+    recipe: Recipe, stage: str, args: argparse.Namespace, folder: Path
+) -> list[str]:
     """The training script and its flags; goes on with the run that the folder holds, if any."""
     script = RECIPES["mnist"].train if args.smoke else recipe.train
-    command = [script, *recipe.flags.split(), *(recipe.smoke.split() if args.smoke else ())]
+    command = [script, *recipe.flags.split(), *stage.split()]
+    command += recipe.smoke.split() if args.smoke else ()
     command += ["--data_dir", args.data_dir, *_machine(args), "--checkpoint", str(folder)]
     if (folder / CHECKPOINT).exists():
         command += ["--resume", str(folder)]
@@ -281,7 +289,8 @@ def main() -> int:
     if args.num_examples is None:
         args.num_examples = SMOKE_EXAMPLES if args.smoke else recipe.num_examples
 
-    run(training_command(recipe, args, folder))
+    for stage in recipe.stages:
+        run(training_command(recipe, stage, args, folder))
     if "AutoAttack" not in attacks_here():
         print("\nAutoAttack is skipped: pip install pyautoattack==0.2.0")
     if is_evaluated(folder, args.num_examples):
