@@ -220,8 +220,8 @@ def table(chosen: Sequence[Variant], epoch: int | None = None, short: bool = Fal
     """Markdown: the last quarter of the epochs up to one (default: all), mean (and range) of seeds.
 
     "Parted" counts, run by run and over all epochs, those in which the modes differ by more than
-    20 points, as the training itself warns, and names the first where there are any. "Lowest" is the least
-    test accuracy that a run showed after the warm-up.
+    20 points, as the training itself warns, and names the first where there are any.
+    "Lowest" is the least test accuracy that a run showed after the warm-up.
     """
     heads = (
         "variant",
