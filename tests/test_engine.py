@@ -291,9 +291,21 @@ def test_a_constant_network_is_no_best():
     run = SimpleNamespace(train_set=SimpleNamespace(num_classes=10))
     constant = {"test_accuracy": 10.0, "val_accuracy": 9.8, "val_robust": 9.8}
     fragile = {"test_accuracy": 40.0, "val_accuracy": 41.0, "val_robust": 0.2}
-    assert _Run._score(run, constant) == 0 < _Run._score(run, fragile) == 0.2
-    assert _Run._score(run, {"test_accuracy": 40.0, "val_accuracy": 41.0}) == 41.0
-    assert _Run._score(run, {"test_accuracy": 40.0}) == 40.0
+    assert _Run._score(run, constant) == 0 < _Run._score(run, fragile)
+    assert _Run._score(run, fragile) == pytest.approx(0.2, abs=1e-3)
+    unprobed = {"test_accuracy": 40.0, "val_accuracy": 41.0}
+    assert _Run._score(run, unprobed) == pytest.approx(41.0, abs=1e-3)
+    assert _Run._score(run, {"test_accuracy": 40.0}) == pytest.approx(40.0, abs=1e-3)
+
+
+def test_among_equally_robust_epochs_the_more_accurate_is_the_best():
+    run = SimpleNamespace(train_set=SimpleNamespace(num_classes=10))
+
+    def score(clean: float, robust: float) -> float:
+        return _Run._score(run, {"test_accuracy": 0.0, "val_accuracy": clean, "val_robust": robust})
+
+    assert score(98.9, 0.0) > score(98.6, 0.0)  # an undefended network
+    assert score(80.0, 50.01) > score(99.9, 50.0)  # one image of 10,000 counts more
 
 
 @pytest.mark.parametrize(

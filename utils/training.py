@@ -53,6 +53,9 @@ PARTED = 20.0
 # times less than the gradient norm at held-out images, the search no longer finds what is there.
 HIDDEN = 3.0
 
+# Weight of the clean accuracy in the choice of the best epoch: it decides between equals only.
+TIE_BREAK = 1e-6
+
 # Batches from which an averaged network gets the running statistics of its BatchNorm.
 STATISTICS_BATCHES = 20
 
@@ -494,15 +497,16 @@ class _Run:
         return found
 
     def _score(self, found: dict[str, float]) -> float:
-        """What the best epoch is chosen by: robust accuracy, of a network that has learned.
+        """What the best epoch is chosen by: robust accuracy, and the clean one among equals.
 
-        One that answers with a constant is robust where it is right: a tenth of the images of ten
-        classes, which is more than a good network may reach under a strong attack.
+        Equal are the epochs of an undefended network, of which a probe leaves nothing. One that
+        answers with a constant is robust where it is right: a tenth of the images of ten classes,
+        which is more than a good network may reach under a strong attack.
         """
         clean = found.get("val_accuracy", found["test_accuracy"])
         if clean < 1.25 * 100 / self.train_set.num_classes:
             return 0.0
-        return found.get("val_robust", clean)
+        return found.get("val_robust", clean) + TIE_BREAK * clean
 
     def _hides(self, means: dict[str, float], found: dict[str, float]) -> str | None:
         """What to say when the network is flat at the points of the search and nowhere else."""
