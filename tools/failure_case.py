@@ -83,7 +83,7 @@ VARIANTS = (
     Variant("group", "--bn_mode mixed --norm_layer group", "GroupNorm"),
     Variant("none", "--bn_mode mixed --norm_layer none --lr 0.02", "no normalisation, lr 0.02"),
     Variant("mixed_20", "--bn_mode mixed --depth 20", "mixed, ResNet-20", times=2),
-    Variant("shared_20", "--bn_mode shared --depth 20", "shared, ResNet-20"),
+    Variant("shared_20", "--bn_mode shared --depth 20", "shared, ResNet-20", times=2),
     Variant(
         "shared_long",
         "--bn_mode shared --lr_schedule step --gamma 0.1",
