@@ -28,7 +28,7 @@ from tqdm import tqdm
 from tools.failure_case import spread
 from utils.data import load_dataset
 from utils.errors import UserError, run_script
-from utils.runs import CHECKPOINT, read_log, write_atomic
+from utils.runs import CHECKPOINT, read_log, sha256_of, write_atomic
 from utils.runtime import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +92,24 @@ def plan(seconds: float, args: argparse.Namespace) -> tuple[int, int]:
     return epochs, math.ceil(total / epochs)
 
 
+def is_evaluated(result: Path, checkpoint: Path, args: argparse.Namespace) -> bool:
+    """Whether the results are those of this network, these attacks and these images."""
+    if not result.exists():
+        return False
+    report = json.loads(result.read_text())
+    return (
+        report["checkpoint_sha256"] == sha256_of(checkpoint)
+        and report["num_examples"] == min(args.num_examples, report["test_set"])
+        and set(report["attacks"]) == set(args.attacks)
+    )
+
+
+def as_typed(words: Sequence[str], args: argparse.Namespace) -> str:
+    """The command without the folders of this machine."""
+    text = shlex.join(["python", *words]).replace(f"{args.runs_dir}/", "RUNS/")
+    return text.replace(str(args.data_dir), "DATA") if args.data_dir else text
+
+
 def measure(name: str, seed: int, length: tuple[int, int], args: argparse.Namespace) -> dict:
     """Train and attack one network; what came of it."""
     folder = args.runs_dir / f"{name}_{seed}"
@@ -100,9 +118,8 @@ def measure(name: str, seed: int, length: tuple[int, int], args: argparse.Namesp
     words = training(name, seed, args, folder)
     words += ["--epochs", str(epochs), "--max_steps", str(steps)]
     words += ["--warmup", f"{WARMUP * epochs:.3f}"]
-    if (folder / CHECKPOINT).exists():
-        words += ["--resume", str(folder / CHECKPOINT)]
-    run(words, out)
+    resume = ["--resume", str(folder / CHECKPOINT)] if (folder / CHECKPOINT).exists() else []
+    run([*words, *resume], out)
     log = read_log(folder / "log.txt")
     # The last weights: where a course of the learning rate ends, and the same rule for every row.
     evaluation = ["MNIST_eval.py", "--dataset", args.dataset, "--threads", str(args.threads)]
@@ -110,14 +127,15 @@ def measure(name: str, seed: int, length: tuple[int, int], args: argparse.Namesp
         evaluation += ["--data_dir", str(args.data_dir)]
     evaluation += ["--model_path", str(folder / CHECKPOINT), "--attack_method", *args.attacks]
     evaluation += ["--num_examples", str(args.num_examples), "--output", str(result)]
-    run(evaluation, out)
+    if not is_evaluated(result, folder / CHECKPOINT, args):
+        run(evaluation, out)
     report = json.loads(result.read_text())
     return {
         "steps": epochs * steps,
         "minutes": sum(log["Seconds"]) / 60,
         "clean": log["Valid Acc."][-1],
         "robust": {key: entry["robust_accuracy"] for key, entry in report["attacks"].items()},
-        "commands": [shlex.join(["python", *words]), shlex.join(["python", *evaluation])],
+        "commands": [as_typed(words, args), as_typed(evaluation, args)],
     }
 
 

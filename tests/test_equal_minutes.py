@@ -41,8 +41,12 @@ def test_a_row_is_trained_attacked_and_kept(tmp_path, monkeypatch, capsys):
     assert run["steps"] == epochs * steps
     assert 0 <= run["robust"]["PGD"] <= run["clean"] <= 100
     assert "| none: `--defense none --lr 0.1` | " in capsys.readouterr().out
-    # Given again, nothing is trained twice.
-    trained = (tmp_path / "runs" / "none_1000" / "checkpoint.pth.tar").stat().st_mtime_ns
+    assert "--checkpoint RUNS/none_1000" in run["commands"][0]
+    assert str(tmp_path) not in result.read_text()
+    # Given again, nothing is trained or attacked twice.
+    files = [
+        tmp_path / "runs" / name for name in ("none_1000/checkpoint.pth.tar", "none_1000.json")
+    ]
+    times = [file.stat().st_mtime_ns for file in files]
     assert equal_minutes.main() == 0
-    kept = (tmp_path / "runs" / "none_1000" / "checkpoint.pth.tar").stat().st_mtime_ns
-    assert kept == trained
+    assert [file.stat().st_mtime_ns for file in files] == times
