@@ -17,21 +17,18 @@ import json
 import math
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tools.failure_case import spread
+from tools.failure_case import run_logged, spread
+from tools.reproduce import holds
 from utils.data import load_dataset
 from utils.errors import UserError, run_script
-from utils.runs import CHECKPOINT, read_log, sha256_of, write_atomic
+from utils.runs import CHECKPOINT, read_log, write_atomic
 from utils.runtime import versions
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # name: what differs. AT and TRADES climb with the steps of `fast`, as many and as large, and at a
 # lower learning rate: at that of LFR, whose loss begins as the natural one, they do not take off.
@@ -55,14 +52,8 @@ def run(command: Sequence[str], out: Path) -> None:
     Raises:
         UserError: it failed; the file says why.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as stream:
-        print(f"$ python {shlex.join(command)}", file=stream, flush=True)
-        ended = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=stream, stderr=stream, check=False
-        )
-    if ended.returncode:
-        raise UserError(f"{command[0]} ended with exit code {ended.returncode}, see {out}")
+    if code := run_logged(command, out):
+        raise UserError(f"{command[0]} ended with exit code {code}, see {out}")
 
 
 def training(name: str, seed: int, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -92,18 +83,6 @@ def plan(seconds: float, args: argparse.Namespace) -> tuple[int, int]:
     return epochs, math.ceil(total / epochs)
 
 
-def is_evaluated(result: Path, checkpoint: Path, args: argparse.Namespace) -> bool:
-    """Whether the results are those of this network, these attacks and these images."""
-    if not result.exists():
-        return False
-    report = json.loads(result.read_text())
-    return (
-        report["checkpoint_sha256"] == sha256_of(checkpoint)
-        and report["num_examples"] == min(args.num_examples, report["test_set"])
-        and set(report["attacks"]) == set(args.attacks)
-    )
-
-
 def as_typed(words: Sequence[str], args: argparse.Namespace) -> str:
     """The command without the folders of this machine."""
     text = shlex.join(["python", *words]).replace(f"{args.runs_dir}/", "RUNS/")
@@ -127,14 +106,14 @@ def measure(name: str, seed: int, length: tuple[int, int], args: argparse.Namesp
         evaluation += ["--data_dir", str(args.data_dir)]
     evaluation += ["--model_path", str(folder / CHECKPOINT), "--attack_method", *args.attacks]
     evaluation += ["--num_examples", str(args.num_examples), "--output", str(result)]
-    if not is_evaluated(result, folder / CHECKPOINT, args):
+    if not holds(result, folder / CHECKPOINT, args.attacks, args.num_examples):
         run(evaluation, out)
     report = json.loads(result.read_text())
     return {
         "steps": epochs * steps,
         "minutes": sum(log["Seconds"]) / 60,
         "clean": log["Valid Acc."][-1],
-        "robust": {key: entry["robust_accuracy"] for key, entry in report["attacks"].items()},
+        "robust": {key: report["attacks"][key]["robust_accuracy"] for key in args.attacks},
         "commands": [as_typed(words, args), as_typed(evaluation, args)],
     }
 

@@ -138,18 +138,24 @@ def command(variant: Variant, seed: int, args: argparse.Namespace) -> list[str]:
     return words
 
 
+def run_logged(command: Sequence[str], out: Path) -> int:
+    """Run one of the repository's scripts, its output appended to a file; returns its exit code."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as stream:
+        print(f"$ python {shlex.join(command)}", file=stream, flush=True)
+        ended = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=stream, stderr=stream, check=False
+        )
+    return ended.returncode
+
+
 def run_one(variant: Variant, seed: int, args: argparse.Namespace) -> str | None:
     """Train one variant with one seed; returns what went wrong, if anything did."""
     words = command(variant, seed, args)
     folder = run_folder(variant, seed, args)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f"{folder.name}.out", "a", encoding="utf-8") as out:
-        print(f"$ python {shlex.join(words)}", file=out, flush=True)
-        ended = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False
-        )
-    if ended.returncode:
-        return f"{variant.name}, seed {seed}: exit code {ended.returncode}, see {out.name}"
+    out = folder.with_name(f"{folder.name}.out")
+    if code := run_logged(words, out):
+        return f"{variant.name}, seed {seed}: exit code {code}, see {out}"
     write_atomic(kept_log(variant, seed), (folder / "log.txt").read_bytes())
     return None
 

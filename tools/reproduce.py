@@ -19,7 +19,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,17 @@ def attacks_here() -> list[str]:
 
 def is_evaluated(folder: Path, num_examples: int) -> bool:
     """Whether the folder's results are those of its network, these attacks and these images."""
+    return holds(results(folder), folder / BEST, attacks_here(), num_examples)
+
+
+def holds(result: Path, checkpoint: Path, attacks: Sequence[str], num_examples: int) -> bool:
+    """Whether a file of results is of this network, these attacks and these images."""
     try:
-        found = json.loads(results(folder).read_text(encoding="utf-8"))
+        found = json.loads(result.read_text(encoding="utf-8"))
         return (
-            found["checkpoint_sha256"] == sha256_of(folder / BEST)
+            found["checkpoint_sha256"] == sha256_of(checkpoint)
             and min(num_examples, found["test_set"]) == found["num_examples"]
-            and set(attacks_here()) <= set(found["attacks"])
+            and set(attacks) <= set(found["attacks"])
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
