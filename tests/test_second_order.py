@@ -49,6 +49,25 @@ class Unbatched(nn.Module):
         return self.last(torch.stack([self.conv(image) for image in x]).relu().mean((2, 3)))
 
 
+class Branches(nn.Module):
+    """What ReLU gives is read by one convolution, by two, by something else, and in a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.others = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5))
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, x):
+        one, two, three, four, five = self.others
+        x = F.relu(self.first(x))
+        left, right = F.relu(one(x)), F.relu(two(x))
+        x = F.relu(three(left + right)) * 2 + left
+        x = F.relu(x)
+        x = x * F.relu(four(x)).tanh()
+        return self.last(five(F.max_pool2d(F.relu(x), 2)).mean((2, 3)))
+
+
 def sequence(*layers: nn.Module, channels: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5))
 
@@ -81,6 +100,7 @@ NETWORKS = {
     "resnet bottleneck": lambda: resnet(depth=11, block_name="Bottleneck"),
     "wrn": lambda: build_model("wrn", depth=10, widen_factor=1),
     "functional": Functional,
+    "branches": Branches,
     "unbatched": Unbatched,
     "groups, dilation, same": lambda: sequence(
         nn.Conv2d(3, 6, 3, groups=3, padding=1),
@@ -253,6 +273,52 @@ def test_third_derivatives_of_convolution():
         return torch.autograd.grad(value, (x, weight), create_graph=True)
 
     assert gradgradcheck(gradient, (x, weight), fast_mode=True)
+
+
+def test_third_derivatives_through_a_mask():
+    """Masks that a convolution applies for the node after it have derivatives as well."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def gradient(x, *weights):
+        with Kernels():
+            for weight in weights:
+                x = F.relu(F.conv2d(x, weight, padding=1))
+        return torch.autograd.grad(x.pow(3).sum(), inputs, create_graph=True)
+
+    inputs = (x, *weights)
+
+    def plain(x, *weights):
+        for weight in weights:
+            x = F.relu(F.conv2d(x, weight, padding=1))
+        return torch.autograd.grad(x.pow(3).sum(), inputs, create_graph=True)
+
+    def third(function):
+        value = sum(g.pow(2).sum() for g in function(*inputs))
+        value = sum(g.pow(2).sum() for g in torch.autograd.grad(value, inputs, create_graph=True))
+        return torch.autograd.grad(value, inputs)
+
+    assert_all_close(third(gradient), third(plain), 1e-10)
+
+
+def test_a_mask_of_a_lone_convolution_is_made_in_place(monkeypatch):
+    """SmallCNN: copied are only masks next to dense layers, and one after a pooling."""
+    from utils import second_order
+
+    copies, in_place = [], []
+    plain = second_order._rectified
+
+    def counted(grad, y, out=None):
+        (copies if out is None else in_place).append(y.shape)
+        return plain(grad, y, out)
+
+    monkeypatch.setattr(second_order, "_rectified", counted)
+    network, x, y = prepared("small_cnn")
+    network.eval()
+    sharpest_point(network, x, y, Ball("l_inf", 0.1), step_size=0.02, num_steps=1)
+    assert sorted(len(shape) for shape in copies) == [2] * 6 + [4] * 4
+    assert [len(shape) for shape in in_place] == [4] * 8
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -107,9 +107,41 @@ def _gradient_of_weight(x: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) 
     )[1]
 
 
+def _rectified(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad where y > 0, else 0; in the place of ``out`` or in memory of its own."""
+    if out is None:
+        return torch.ops.aten.threshold_backward(grad, y, 0)
+    return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=out)
+
+
+# ReLU's mask is a pass through memory over two images into a third, and takes a sixth of a step
+# where each is made by itself. So a convolution's derivatives look at the node that takes their
+# product next. If that node masks what it gets (the mask is the last tensor that it saved), and
+# gets it from nobody else (``ctx.readers``: how many read what the node gave, as far as is known),
+# they do so in place, while the product is new and theirs, and leave it there as ``masked``. A node
+# that then receives this very tensor passes it on. If it receives another one after all, a sum with
+# what came from elsewhere, it masks that as ever: to mask a part of it twice is to mask it once.
+
+
+def _count_reader(value: Any) -> None:
+    node = value.grad_fn if isinstance(value, Tensor) else None
+    if hasattr(node, "readers"):
+        node.readers += 1
+
+
+def _mask_of(node: Any) -> Tensor | None:
+    return node.saved_tensors[-1] if getattr(node, "readers", 0) == 1 else None
+
+
+def _is_masked(ctx: Any, grad: Tensor) -> bool:
+    """Whether ``grad`` came masked. The reference is given up, lest the graph hold itself."""
+    masked, ctx.masked = ctx.masked, None
+    return grad is masked
+
+
 # A convolution is bilinear in (x, weight), so <conv(x, weight), grad> is trilinear and each of its
 # derivatives is again one of the three functions below, with arguments swapped. That closes the
-# family under differentiation to any order.
+# family under differentiation to any order. ``mask`` is that of the node which takes the product.
 
 
 class _Convolution(Function):
@@ -117,22 +149,32 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, wanted: Wanted
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geo: Geometry,
+        wanted: Wanted,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geo, ctx.wanted = geo, wanted
-        return torch.conv2d(x, weight, bias, *geo)
+        ctx.save_for_backward(x, weight, mask)
+        ctx.geo, ctx.wanted, ctx.readers, ctx.masked = geo, wanted, int(mask is not None), None
+        product = torch.conv2d(x, weight, bias, *geo)
+        return product if mask is None else _rectified(product, mask, out=product)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, mask = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if ctx.wanted.input_only:
             need_weight = need_bias = False
+        if mask is not None and not _is_masked(ctx, grad):
+            grad = _ReLUMask.apply(grad, mask)
         return (
-            _GradientOfInput.apply(grad, weight, x.shape, ctx.geo, ctx.wanted) if need_x else None,
+            _pass_on(_GradientOfInput, ctx, grad, weight, x.shape) if need_x else None,
             _GradientOfWeight.apply(x, grad, weight, ctx.geo, ctx.wanted) if need_weight else None,
             grad.sum((0, 2, 3)) if need_bias else None,
+            None,
             None,
             None,
         )
@@ -143,25 +185,45 @@ class _GradientOfInput(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, weight: Tensor, shape: torch.Size, geo: Geometry, wanted: Wanted
+        ctx: Any,
+        grad: Tensor,
+        weight: Tensor,
+        shape: torch.Size,
+        geo: Geometry,
+        wanted: Wanted,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(grad, weight)
-        ctx.geo, ctx.wanted = geo, wanted
-        return _gradient_of_input(grad, weight, shape, geo)
+        ctx.save_for_backward(grad, weight, mask)
+        ctx.geo, ctx.wanted, ctx.readers, ctx.masked = geo, wanted, int(mask is not None), None
+        product = _gradient_of_input(grad, weight, shape, geo)
+        return product if mask is None else _rectified(product, mask, out=product)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        grad, weight = ctx.saved_tensors
+        grad, weight, mask = ctx.saved_tensors
         need_grad, need_weight = ctx.needs_input_grad[:2]
         if ctx.wanted.input_only:
             need_weight = False
+        if mask is not None and not _is_masked(ctx, v):
+            v = _ReLUMask.apply(v, mask)
         return (
-            _Convolution.apply(v, weight, None, ctx.geo, ctx.wanted) if need_grad else None,
+            _pass_on(_Convolution, ctx, v, weight, None) if need_grad else None,
             _GradientOfWeight.apply(v, grad, weight, ctx.geo, ctx.wanted) if need_weight else None,
             None,
             None,
             None,
+            None,
         )
+
+
+def _pass_on(function: type[Function], ctx: Any, given: Tensor, weight: Tensor, last: Any) -> Any:
+    """``function`` of what came in, masked for the node behind ``ctx``'s first argument."""
+    node = ctx.next_functions[0][0]
+    mask = _mask_of(node)
+    product = function.apply(given, weight, last, ctx.geo, ctx.wanted, mask)
+    if mask is not None:
+        node.masked = product
+    return product
 
 
 class _GradientOfWeight(Function):
@@ -195,10 +257,13 @@ class _ReLU(Function):
             ctx.mark_dirty(x)
         y = x.clamp_min_(0) if inplace else x.clamp_min(0)
         ctx.save_for_backward(y)
+        ctx.readers, ctx.masked = 0, None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if _is_masked(ctx, grad):
+            return grad, None
         return _ReLUMask.apply(grad, *ctx.saved_tensors), None
 
 
@@ -208,7 +273,7 @@ class _ReLUMask(Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(y)
-        return torch.ops.aten.threshold_backward(grad, y, 0)
+        return _rectified(grad, y)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
@@ -418,7 +483,11 @@ class Kernels(TorchFunctionMode):
     ) -> Any:
         handler = _HANDLERS.get(func)
         kwargs = kwargs or {}
-        return func(*args, **kwargs) if handler is None else handler(self, *args, **kwargs)
+        if handler is not None:
+            return handler(self, *args, **kwargs)
+        for value in args:
+            _count_reader(value)
+        return func(*args, **kwargs)
 
     def _constant(self, parameter: Tensor | None) -> Tensor | None:
         return parameter.detach() if self.frozen and parameter is not None else parameter
@@ -445,6 +514,7 @@ class Kernels(TorchFunctionMode):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         geo = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+        _count_reader(x)
         return _Convolution.apply(x, weight, bias, geo, self.wanted)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
