@@ -28,7 +28,14 @@ DEFAULTS = TrainingDefaults(
     lambada=0.02,
     ckpt_interval=10,
     augment=False,
-    when={("dataset", "SVHN"): {"arch": "wrn"}, ("arch", "resnet"): {"depth": 20}},
+    crop_padding=2,
+    mirror=False,
+    when={
+        ("dataset", "SVHN"): {"arch": "wrn"},
+        ("dataset", "FashionMNIST"): {"mirror": True},
+        ("dataset", "folder"): {"mirror": True},
+        ("arch", "resnet"): {"depth": 20},
+    },
 )
 
 

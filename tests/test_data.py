@@ -233,6 +233,13 @@ def test_crop_and_flip_against_a_loop():
     assert {mirror for *_, mirror in seen} == {False, True}
 
 
+def test_crop_without_mirror():
+    images = image_set(64, side=9).images
+    options = images, torch.Generator().manual_seed(1), 0
+    assert torch.equal(random_crop_flip(*options, mirror=False), images)
+    assert not torch.equal(random_crop_flip(*options, mirror=True), images)
+
+
 # ---------------------------------------------------------------------------------- digits
 
 

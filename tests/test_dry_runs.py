@@ -64,7 +64,7 @@ COMMANDS = st.tuples(
     flag("weight_decay", ["0.001"]),
     flag("ema", ["0.9"]),
     st.sampled_from(["", "--amp"]),
-    st.sampled_from(["", "--augment"]),
+    st.sampled_from(["", "--augment", "--augment --crop_padding 0 --mirror"]),
     st.sampled_from(["--nlabel 40", "--nlabel 41 --val_size 0", "--nlabel 30 --val_size 20"]),
     flag("train_batch", ["2", "13", "1000"]),
     flag("test_batch", ["7", "1000"]),

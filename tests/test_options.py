@@ -208,6 +208,8 @@ def test_defaults_that_depend_on_other_flags():
     assert train("--epochs 3").schedule == []
     assert train("--no-augment", CIFAR).augment is False
     assert train("--augment").augment is True
+    assert train("", CIFAR).mirror is True and train("-d FashionMNIST").mirror is True
+    assert train("").mirror is False and train("-d SVHN").mirror is False
     assert train("--defense igr").num_steps == 0
     assert train("--resume . --checkpoint .").resume is None
     assert train("-e --resume run").resume == "run"
@@ -230,6 +232,9 @@ def test_fast_search(defaults):
     ("line", "parts"),
     [
         ("--epsilon -0.1", ["--epsilon", "-0.1", "at least 0"]),
+        ("--crop_padding 2", ["--crop_padding", "--augment"]),
+        ("--no-mirror", ["--no_mirror", "--augment"]),
+        ("--augment --crop_padding 17", ["--crop_padding", "17", "0 to 16"]),
         ("--epsilon -8/255", ["--epsilon", "-8/255"]),
         ("--epsilon nan", ["--epsilon", "nan"]),
         ("--epsilon 1e400", ["--epsilon", "finite"]),

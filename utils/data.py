@@ -178,7 +178,9 @@ def _generator(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+def random_crop_flip(
+    images: Tensor, generator: torch.Generator, padding: int = 4, mirror: bool = True
+) -> Tensor:
     """Shift each image by up to ``padding`` pixels (zeros come in) and mirror half of them.
 
     The usual CIFAR augmentation, with its own offsets for each sample. The numbers are drawn on
@@ -188,6 +190,7 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
         images: [N, C, H, W], any dtype.
         generator: source of the offsets and flips.
         padding: zeros added on every side before an H x W window is cut out, in pixels.
+        mirror: False for signs, such as digits, whose mirror image is none or another one.
 
     Returns:
         [N, C, H, W], the same dtype, channels_last.
@@ -195,9 +198,8 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
     count, channels, height, width = images.shape
     sides = 2 * padding + 1
     offsets = torch.randint(0, sides, (2, count), generator=generator, device=generator.device)
-    mirror = torch.rand(count, generator=generator, device=generator.device) < 0.5
+    mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
     top, left = offsets.to(images.device)
-    mirror = mirror.to(images.device)
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *[padding] * 4)).contiguous()
     # All windows of all images at once, as a view: [N, top, left, H, W, C].
     sample, row, pixel, _ = padded.stride()
@@ -205,7 +207,9 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
         (count, sides, sides, height, width, channels), (sample, row, pixel, row, pixel, 1)
     )
     cropped = windows[torch.arange(count, device=images.device), top, left]
-    cropped[mirror] = cropped[mirror].flip(2)
+    if mirror:
+        mirrored = mirrored.to(images.device)
+        cropped[mirrored] = cropped[mirrored].flip(2)
     return cropped.permute(0, 3, 1, 2)
 
 
@@ -219,7 +223,8 @@ class Batches:
         imageset: the data; moved to ``device`` once, here.
         batch_size: samples of a *global* batch, over all ranks.
         shuffle: a new order each epoch (else the set's own order).
-        augment: random crop (padding 4) and horizontal flip, see :func:`random_crop_flip`.
+        augment: random crop and horizontal flip, see :func:`random_crop_flip`.
+        padding, mirror: of that function.
         seed: with the epoch and the batch's number it decides everything random.
         device: where batches live; default: where the set is.
         drop_last: leave out the last batch if it is smaller than the others.
@@ -239,6 +244,8 @@ class Batches:
         *,
         shuffle: bool,
         augment: bool = False,
+        padding: int = 4,
+        mirror: bool = True,
         seed: int = 0,
         device: torch.device | str | None = None,
         drop_last: bool = False,
@@ -259,7 +266,7 @@ class Batches:
         self.imageset = replace(imageset, images=pixels)
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.augment = augment
+        self.augment, self.padding, self.mirror = augment, padding, mirror
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -350,7 +357,8 @@ class Batches:
             if self.augment:
                 # Drawn for the whole global batch: a rank's slice does not depend on their number.
                 generator = _generator("augment", self.seed, epoch, batch)
-                images = random_crop_flip(self._gather(index), generator)[share]
+                images = self._gather(index)
+                images = random_crop_flip(images, generator, self.padding, self.mirror)[share]
                 index = index[share]
             else:
                 index = index[share]

@@ -72,6 +72,8 @@ class TrainingDefaults:
     ckpt_interval: int
     augment: bool
     epochs: int = 100
+    crop_padding: int = 4
+    mirror: bool = True
     bn_mode: str = "shared"
     when: Mapping[tuple[str, Any], Mapping[str, Any]] = field(default_factory=dict)
 
@@ -363,10 +365,16 @@ def add_training_options(parser: Parser, defaults: TrainingDefaults) -> None:
         "training samples held out to choose the best checkpoint; 0 = none "
         "(default: 1000, at most a tenth of the training set)")
     data.switch("--augment",
-        "random crop (padding 4 pixels) and horizontal flip "
+        "random crop (--crop_padding) and horizontal flip (--mirror) "
         f"(default: {'on' if defaults.augment else 'off'})", default=defaults.augment)
     data.switch("--no_augment", "train on images as they are",
         action="store_false", dest="augment", default=defaults.augment)
+    data.value("--crop_padding", integer(0, 16), "PIXELS", defaults.crop_padding,
+        "of --augment: the crop moves an image by up to this many pixels each way")
+    data.switch("--mirror", "of --augment: mirror half of the images "
+        "(default: on, but for the digits of MNIST, SVHN and digits)", default=defaults.mirror)
+    data.switch("--no_mirror", "of --augment: mirror none",
+        action="store_false", dest="mirror", default=defaults.mirror)
 
     network = _Group(parser, "network")
     own = {"block_name": "BasicBlock", "drop": 0.0}
@@ -503,6 +511,10 @@ def validate_training(
         name = "data_dir" if args.save_dir else "save_dir"
         raise UserError(f"--{name} is empty, allowed is a folder's name")
 
+    for name in ("crop_padding", "mirror"):
+        if name in given and not args.augment:
+            flag = name if args.mirror or name != "mirror" else "no_mirror"
+            raise UserError(f"--{flag} is of --augment, which is off; give both or neither")
     _settle_schedule(args, given)
     _settle_search(args, defaults, given)
     _check_ball(args)

@@ -317,6 +317,8 @@ class _Run:
             args.train_batch,
             shuffle=True,
             augment=args.augment,
+            padding=args.crop_padding,
+            mirror=args.mirror,
             seed=args.manualSeed,
             device=here.device,
             rank=here.rank,
