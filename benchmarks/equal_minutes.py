@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tools.failure_case import run_logged, spread
 from tools.reproduce import holds
+from utils.attacks import ATTACKS
 from utils.data import load_dataset
 from utils.errors import UserError, run_script
 from utils.runs import CHECKPOINT, read_log, write_atomic
@@ -142,7 +143,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of training for each")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="these rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000], help="a training for each")
-    parser.add_argument("--attacks", nargs="+", default=["PGD", "AutoAttack"], help="of MNIST_eval")
+    parser.add_argument(
+        "--attacks", nargs="+", choices=ATTACKS, default=["PGD", "AutoAttack"], help="of MNIST_eval"
+    )
     parser.add_argument("--num_examples", type=int, default=200, help="first test images attacked")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a training")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/equal_minutes"))
@@ -153,7 +156,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in ("num_examples", "threads"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: allowed is 1 or more")
-    args.runs_dir = args.runs_dir.resolve()
+    # Rows of another length are other rows.
+    args.runs_dir = args.runs_dir.resolve() / f"{args.dataset}_{args.minutes:g}"
     args.data_dir = args.data_dir and args.data_dir.resolve()
     return args
 

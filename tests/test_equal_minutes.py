@@ -37,16 +37,15 @@ def test_a_row_is_trained_attacked_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["equal_minutes", *words])
     assert equal_minutes.main() == 0
     run = json.loads(result.read_text())["rows"]["none"]["1000"]
-    epochs, steps = json.loads((tmp_path / "runs" / "none_length.json").read_text())["length"]
+    runs = tmp_path / "runs" / "digits_0.02"
+    epochs, steps = json.loads((runs / "none_length.json").read_text())["length"]
     assert run["steps"] == epochs * steps
     assert 0 <= run["robust"]["PGD"] <= run["clean"] <= 100
     assert "| none: `--defense none --lr 0.1` | " in capsys.readouterr().out
     assert "--checkpoint RUNS/none_1000" in run["commands"][0]
     assert str(tmp_path) not in result.read_text()
     # Given again, nothing is trained or attacked twice.
-    files = [
-        tmp_path / "runs" / name for name in ("none_1000/checkpoint.pth.tar", "none_1000.json")
-    ]
+    files = [runs / name for name in ("none_1000/checkpoint.pth.tar", "none_1000.json")]
     times = [file.stat().st_mtime_ns for file in files]
     assert equal_minutes.main() == 0
     assert [file.stat().st_mtime_ns for file in files] == times
