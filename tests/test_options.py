@@ -232,6 +232,7 @@ def test_fast_search(defaults):
     ("line", "parts"),
     [
         ("--epsilon -0.1", ["--epsilon", "-0.1", "at least 0"]),
+        ("--probe_epsilon 8", ["--probe_epsilon", "8", "0 to 1"]),
         ("--crop_padding 2", ["--crop_padding", "--augment"]),
         ("--no-mirror", ["--no_mirror", "--augment"]),
         ("--augment --crop_padding 17", ["--crop_padding", "17", "0 to 16"]),

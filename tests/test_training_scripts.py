@@ -385,6 +385,13 @@ def test_a_run_that_is_done_stays_done(command, grey_folder, tmp_path):
     code, _, err = command(f"{SHORT} --epochs 2 --resume {checkpoint}", **places)
     assert code == 0, err
     assert load_checkpoint(checkpoint)["best_acc"] == 99.0
+    # Robust accuracies in balls of two radii do not compare.
+    code, out, err = command(
+        f"{SHORT} --epochs 3 --probe_epsilon 0.9 --resume {checkpoint}", **places
+    )
+    assert code == 0 and "--probe_epsilon 0.3 is now 0.9" in out, err
+    assert "model_best.pth.tar is chosen anew" in out
+    assert load_checkpoint(checkpoint)["best_acc"] < 99.0
 
 
 @pytest.mark.parametrize("flags", ["", RESNET + " --ema 0.5 --lr 0.5"])

@@ -255,8 +255,9 @@ def _probe(file: Path) -> str:
     """``PGD-20, $\\epsilon$ = 0.3, 500 images``, as the run's args.json says it."""
     try:
         flags = json.loads(file.read_text())["arguments"]
+        epsilon = flags.get("probe_epsilon", flags["epsilon"])
         return (
-            f"PGD-{flags['probe_steps']:d}, $\\epsilon$ = {flags['epsilon']:.3g}, "
+            f"PGD-{flags['probe_steps']:d}, $\\epsilon$ = {epsilon:.3g}, "
             f"{flags['probe_size']:,d} images"
         )
     except (OSError, ValueError, KeyError, TypeError):

@@ -389,6 +389,8 @@ def add_training_options(parser: Parser, defaults: TrainingDefaults) -> None:
     watch.value("--probe_size", non_negative_int, "SAMPLES", 500,
         "held-out and test samples attacked by a short PGD after each epoch; 0 = no probe")
     watch.value("--probe_steps", integer(0, 100_000), "N", 10, "steps of that PGD; 0 = no probe")
+    watch.value("--probe_epsilon", pixel, "RADIUS", None,
+        "radius of that PGD's ball, in units of pixel intensity (default: --epsilon)")
     watch.value("--image_interval", non_negative_int, "EPOCHS", 5,
         "epochs between image grids in TensorBoard; 0 = none")
     _add_run_flags(_Group(parser, "run"), defaults)
@@ -492,8 +494,8 @@ def validate_training(
 
     Args:
         args: all flags; changed in place: ``schedule`` loses default entries beyond ``epochs``,
-            ``num_steps`` and ``step_size`` follow ``search`` and ``defense``, ``checkpoint`` and
-            ``resume`` become None when not given.
+            ``num_steps`` and ``step_size`` follow ``search`` and ``defense``, ``probe_epsilon``
+            follows ``epsilon``, ``checkpoint`` and ``resume`` become None when not given.
         defaults: the script's table.
         given: the flags that the user gave himself.
 
@@ -517,7 +519,9 @@ def validate_training(
             raise UserError(f"--{flag} is of --augment, which is off; give both or neither")
     _settle_schedule(args, given)
     _settle_search(args, defaults, given)
-    _check_ball(args)
+    if args.probe_epsilon is None:
+        args.probe_epsilon = args.epsilon
+    _check_ball(args, "epsilon", "probe_epsilon")
     _check_network(args)
 
     if args.start_epoch >= args.epochs and not args.evaluate:
@@ -577,12 +581,14 @@ def _check_step(args: argparse.Namespace) -> None:
         )
 
 
-def _check_ball(args: argparse.Namespace) -> None:
-    if args.norm == "l_inf" and args.epsilon is not None and args.epsilon > 1:
-        raise UserError(
-            f"--epsilon {args.epsilon:g} is wider than the pixels' range, allowed is 0 to 1 "
-            f"with --norm l_inf ({args.epsilon:g}/255 = {args.epsilon / 255:.4g}?)"
-        )
+def _check_ball(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        radius = getattr(args, name)
+        if args.norm == "l_inf" and radius is not None and radius > 1:
+            raise UserError(
+                f"--{name} {radius:g} is wider than the pixels' range, allowed is 0 to 1 "
+                f"with --norm l_inf ({radius:g}/255 = {radius / 255:.4g}?)"
+            )
 
 
 def _check_network(args: argparse.Namespace) -> None:
@@ -692,7 +698,7 @@ def validate_evaluation(args: argparse.Namespace) -> None:
     args.attack_method = list(dict.fromkeys(chosen))
     args.output = args.output or None
     args.transfer_from = args.transfer_from or None
-    _check_ball(args)
+    _check_ball(args, "epsilon")
     _check_network(args)
     if args.step_size is not None:
         _check_step(args)

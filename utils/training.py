@@ -30,6 +30,7 @@ from utils.engine import Interrupted, Progress, evaluate, mode_gap, probe, train
 from utils.errors import UserError
 from utils.lfr import sharpest_point
 from utils.runs import (
+    BEST,
     RunFolder,
     load_checkpoint,
     restore_fields,
@@ -52,6 +53,9 @@ PARTED = 20.0
 # The sharpest point of a ball is at least as sharp as its centre. Where the penalty is this many
 # times less than the gradient norm at held-out images, the search no longer finds what is there.
 HIDDEN = 3.0
+
+# What the score of an epoch depends on; those before and after another choice do not compare.
+MEASURE = ("norm", "probe_epsilon", "probe_steps", "probe_size", "val_size", "nlabel", "manualSeed")
 
 # Weight of the clean accuracy in the choice of the best epoch: it decides between equals only.
 TIE_BREAK = 1e-6
@@ -136,6 +140,7 @@ class _Run:
         self.checkpoint = self._read_checkpoint()
         self.train_set, self.val_set, self.test_set = self._load_data()
         self.ball = Ball(args.norm, args.epsilon)
+        self.probe_ball = Ball(args.norm, args.probe_epsilon)
         self.network = self._build()
         self.rate, self.weight = learning_rate(args), flatness_weight(args)
         self.optimizer = self._optimizer()
@@ -309,6 +314,11 @@ class _Run:
             self.here.say(
                 f"note: the checkpoint was written with other flags: {'; '.join(changed)}"
             )
+        # Older checkpoints were probed at the radius of the training.
+        before = {"probe_epsilon": before.get("epsilon"), **before}
+        if any(name in before and before[name] != getattr(self.args, name) for name in MEASURE):
+            self.progress.best = Progress().best
+            self.here.say(f"note: {BEST} is chosen anew, by what is measured from now on")
 
     def _epochs(self, folder: RunFolder | None, stack: ExitStack, stop: StopSignal) -> None:
         args, here, progress = self.args, self.here, self.progress
@@ -489,7 +499,7 @@ class _Run:
             if probes and data is not None:
                 head = data.head(args.probe_size)
                 found[f"{name}_robust"] = probe(
-                    network, head, self.ball, args.probe_steps, args.test_batch
+                    network, head, self.probe_ball, args.probe_steps, args.test_batch
                 )
         held_out = self.val_set if self.val_set is not None else self.test_set
         slice_ = held_out.head(max(2, min(512, len(held_out))))
