@@ -592,7 +592,7 @@ def draw_radius(found: dict[str, Any]) -> Figure:
         axes.axvline(found["marked"], color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             "published $\\epsilon$",
-            (found["marked"], 50),
+            (found["marked"], 25),
             xytext=(-4, 0),
             textcoords="offset points",
             color=FAINT,
