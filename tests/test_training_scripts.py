@@ -443,6 +443,41 @@ def test_the_original_s_checkpoint_is_a_start(command, mnist_folder, reference_d
     assert code == 0 and f"after epoch {epoch}" in out, err
 
 
+def test_a_new_run_begins_with_a_finished_network(command, grey_folder, tmp_path):
+    """--pretrained takes the published (averaged) weights, and neither optimizer nor epochs."""
+    places = {"data": grey_folder, "save": tmp_path / "first"}
+    assert command(f"{SHORT} --ema 0.5 --epochs 2", **places)[0] == 0
+    (first,) = (path.parent for path in (tmp_path / "first").rglob("log.txt"))
+    best = load_checkpoint(first / "model_best.pth.tar")
+
+    # At a learning rate of nothing the weights stay, so what the run began with can be read.
+    flags = f"{SHORT} --lr 1e-30 --pretrained {first}"
+    code, out, err = command(flags, data=grey_folder, save=tmp_path / "second")
+    assert code == 0, err
+    assert f"beginning with the weights of {first / 'model_best.pth.tar'}" in out
+    assert "held out" not in out.split("beginning")[1].split("data:")[0]
+    (second,) = (path.parent for path in (tmp_path / "second").rglob("log.txt"))
+    found = load_checkpoint(second / "checkpoint.pth.tar")
+    assert found["epoch"] == 1 and found["training"]["progress"]["step"] == 2
+    assert_same(dict(found["state_dict"]), dict(best["state_dict"]))
+
+    # A resumed run goes on with its own weights, the file may be gone.
+    (first / "model_best.pth.tar").unlink()
+    again = f"{flags} --epochs 2 --resume {second}"
+    code, out, err = command(again, data=grey_folder, save=tmp_path / "second")
+    assert code == 0 and "beginning" not in out and "--pretrained" not in out, err
+
+
+def test_a_beginning_that_has_seen_the_held_out_images_says_so(command, grey_folder, tmp_path):
+    places = {"data": grey_folder, "save": tmp_path / "first"}
+    assert command(SHORT, **places)[0] == 0
+    (first,) = (path.parent for path in (tmp_path / "first").rglob("log.txt"))
+    flags = f"{SHORT} --manualSeed 7 --pretrained {first}"
+    code, out, err = command(flags, data=grey_folder, save=tmp_path / "second")
+    assert code == 0, err
+    assert "were trained on images that are held out now (--manualSeed 1000 is now 7)" in out
+
+
 def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):
     found = []
     for run, seed in enumerate((1, 1, 2)):
@@ -491,7 +526,13 @@ MISTAKES = {
     "another depth": ("--arch resnet --depth 14 --resume {tmp}/resnet.pth.tar", "resnet.pth.tar"),
     "senseless training state": ("--resume {tmp}/odd.pth.tar", "odd.pth.tar"),
     "senseless progress": ("--resume {tmp}/odd2.pth.tar", "odd2.pth.tar"),
+    "senseless flags": ("--resume {tmp}/odd4.pth.tar", "'args' is"),
     "average of another shape": ("--ema 0.9 --resume {tmp}/odd3.pth.tar", "odd3.pth.tar"),
+    "pretrained, another architecture": (
+        "--arch resnet --depth 8 --pretrained {tmp}/good.pth.tar",
+        "good.pth.tar",
+    ),
+    "pretrained, no network": ("--pretrained {tmp}/void", "model_best.pth.tar"),
     "evaluate nothing": ("-e", "--evaluate needs --resume"),
     "save_dir is a file": ("--save_dir {tmp}/text.pth.tar", "text.pth.tar"),
     "save_dir below a file": ("--save_dir {tmp}/text.pth.tar/x", "text.pth.tar"),
@@ -519,6 +560,7 @@ def mistakes(tmp_path_factory):
     good = {"epoch": 0, "state_dict": network.state_dict(), "optimizer": optimizer}
     save_checkpoint(tmp / "good.pth.tar", {**good, "arch": network.arch})
     save_checkpoint(tmp / "odd.pth.tar", {**good, "training": 5})
+    save_checkpoint(tmp / "odd4.pth.tar", {**good, "args": ["epsilon"]})
     progress = {"epoch": 0, "batch": "x", "colour": 3}
     save_checkpoint(
         tmp / "odd2.pth.tar", {**good, "training": {"progress": progress, "weights": None}}

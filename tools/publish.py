@@ -26,7 +26,13 @@ KEPT = (
     "epoch", "state_dict", "acc", "best_acc", "arch", "dataset", "classes", "args", "measured",
     "versions",
 )  # fmt: skip
-ELSEWHERE = {"data_dir": "./data", "save_dir": "SavedModels", "checkpoint": None, "resume": None}
+ELSEWHERE = {
+    "data_dir": "./data",
+    "save_dir": "SavedModels",
+    "checkpoint": None,
+    "resume": None,
+    "pretrained": None,
+}
 
 
 def without_machine(arguments: dict[str, Any]) -> dict[str, Any]:

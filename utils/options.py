@@ -452,6 +452,9 @@ def _add_run_flags(group: _Group, defaults: TrainingDefaults) -> None:
         "use this very run folder; . = one below --save_dir")
     group.value("--resume", path, "PATH", "",
         "checkpoint (or run folder) to go on from, with the same flags")
+    group.value("--pretrained", path, "PATH", "",
+        "network (or run folder, its best one) whose weights a new run begins with; "
+        "optimizer and epochs start anew")
     group.switch("--overwrite", "start again in a folder that holds a run")
     group.value("--ckpt_interval", non_negative_int, "EPOCHS", defaults.ckpt_interval,
         "epochs between the kept epochN.pth.tar; 0 = none")
@@ -495,7 +498,8 @@ def validate_training(
     Args:
         args: all flags; changed in place: ``schedule`` loses default entries beyond ``epochs``,
             ``num_steps`` and ``step_size`` follow ``search`` and ``defense``, ``probe_epsilon``
-            follows ``epsilon``, ``checkpoint`` and ``resume`` become None when not given.
+            follows ``epsilon``, ``checkpoint``, ``resume`` and ``pretrained`` become None when not
+            given.
         defaults: the script's table.
         given: the flags that the user gave himself.
 
@@ -505,6 +509,7 @@ def validate_training(
     given = frozenset(given)
     args.checkpoint = None if args.checkpoint in ("", ".") else args.checkpoint
     args.resume = None if args.resume in ("", ".") else args.resume
+    args.pretrained = None if args.pretrained in ("", ".") else args.pretrained
     if args.evaluate and args.resume is None:
         raise UserError("--evaluate needs --resume PATH, the checkpoint to evaluate")
     if args.resume and args.overwrite:

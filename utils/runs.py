@@ -387,6 +387,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise UserError(f"{path}: '{key}' is {shown(checkpoint[key])}, a number is needed")
     if checkpoint.get("epoch", 0) < 0:
         raise UserError(f"{path}: 'epoch' is {checkpoint['epoch']}")
+    if type(checkpoint.get("args")) not in (dict, type(None)):
+        raise UserError(f"{path}: 'args' is {shown(checkpoint['args'])}, flags by name are needed")
     arch = checkpoint.get("arch")
     if arch is not None:
         if not isinstance(arch, dict) or not isinstance(arch.get("name"), str):

@@ -57,6 +57,21 @@ HIDDEN = 3.0
 # What the score of an epoch depends on; those before and after another choice do not compare.
 MEASURE = ("norm", "probe_epsilon", "probe_steps", "probe_size", "val_size", "nlabel", "manualSeed")
 
+# Flags that may differ in a resumed run without a word: they say where things are.
+ELSEWHERE = {
+    "resume",
+    "pretrained",
+    "overwrite",
+    "gpu_id",
+    "threads",
+    "data_dir",
+    "save_dir",
+    "checkpoint",
+}
+
+# What decides which training images are held out.
+SPLIT = ("val_size", "nlabel", "manualSeed")
+
 # Weight of the clean accuracy in the choice of the best epoch: it decides between equals only.
 TIE_BREAK = 1e-6
 
@@ -142,6 +157,8 @@ class _Run:
         self.ball = Ball(args.norm, args.epsilon)
         self.probe_ball = Ball(args.norm, args.probe_epsilon)
         self.network = self._build()
+        if args.pretrained is not None and self.checkpoint is None:
+            self._begin_with(Path(args.pretrained))
         self.rate, self.weight = learning_rate(args), flatness_weight(args)
         self.optimizer = self._optimizer()
         self.average = None
@@ -219,6 +236,22 @@ class _Run:
             momentum=args.momentum,
             weight_decay=args.weight_decay,
         )
+
+    def _begin_with(self, path: Path) -> None:
+        """The weights of a finished network, the averaged ones where there are any.
+
+        A run that is resumed has long left them: ``--resume`` goes before ``--pretrained``.
+        """
+        path = path / BEST if path.is_dir() else path
+        found = load_checkpoint(path)
+        restore_network(self.network, found, path)
+        self.here.say(f"beginning with the weights of {path}")
+        changed = [line for name, line in self._changed_flags(found).items() if name in SPLIT]
+        if changed and self.val_set is not None and found.get("dataset") == self.train_set.name:
+            self.here.say(
+                f"note: these weights were trained on images that are held out now "
+                f"({'; '.join(changed)}), which flatters the choice of {BEST}"
+            )
 
     def _restore(self) -> None:
         """Everything the checkpoint holds; the original's hold weights, optimizer and epoch."""
@@ -301,14 +334,22 @@ class _Run:
         self.here.barrier()
         return folder
 
+    def _changed_flags(self, checkpoint: dict[str, Any]) -> dict[str, str]:
+        """What to say of each flag that differs from the checkpoint's."""
+        before = checkpoint.get("args") or {}
+        return {
+            name: f"--{name} {before[name]} is now {value}"
+            for name, value in _plain(vars(self.args)).items()
+            if name in before and before[name] != value
+        }
+
     def _compare_flags(self) -> None:
         """One line naming the flags that differ from the checkpoint's, if any."""
         before = self.checkpoint.get("args") or {}
-        ignored = {"resume", "overwrite", "gpu_id", "threads", "data_dir", "save_dir", "checkpoint"}
         changed = [
-            f"--{name} {before[name]} is now {value}"
-            for name, value in _plain(vars(self.args)).items()
-            if name in before and before[name] != value and name not in ignored
+            line
+            for name, line in self._changed_flags(self.checkpoint).items()
+            if name not in ELSEWHERE
         ]
         if changed:
             self.here.say(
