@@ -9,8 +9,8 @@
 
 Those with networks take --dataset (MNIST) and --data_dir (./data) as the evaluation scripts do.
 
-* curves: accuracy, natural loss and flatness by epoch; several logs lie over each other, or with --joined
-  follow each other.
+* curves: accuracy, natural loss and flatness by epoch; several logs lie over each other, or
+  with --joined follow each other.
 * surface: the loss around test images, along the sign of its gradient and along random signs.
 * gradients: test images and the input gradients of two networks, as images.
 * radius: accuracy under PGD by epsilon; what was measured is kept as JSON, to be drawn again.
