@@ -129,6 +129,21 @@ def test_radius_is_measured_once_and_drawn_again(draw, networks, tmp_path, capsy
     assert f"one: {clean:6.2f} % at epsilon 0" in capsys.readouterr().out
     assert (draw("radius", "--json", kept) == first).all()
 
+    # Another network beside it, and the first is not measured again.
+    words = ("radius", "--model", f"two={networks / 'b'}", "--dataset", "digits", "--json", kept)
+    words += ("--threads", 1, "--keep", "one", "--num_examples")
+    for count, more, message in (
+        (8, ["three"], "'three': allowed is a network of"),
+        (7, [], "measured with num_examples 8, not 7"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw(*words[:-1], *more, "--num_examples", count, "--epsilons", 0.3, 0)
+    draw(*words, 8, "--epsilons", 0.3, 0)
+    both = json.loads(kept.read_text())
+    assert list(both["networks"]) == ["two", "one"]
+    assert both["networks"]["one"] == found["networks"]["one"]
+    assert "one:" not in capsys.readouterr().out
+
 
 # -- what is drawn ------------------------------------------------------------------------------
 
@@ -193,6 +208,7 @@ def test_mistakes_are_one_line(draw, networks, tmp_path):
         (["radius", "--json", tmp_path / "gone.json"], "no such file"),
         (["radius", "--json", tmp_path / "no" / "x.json"], "there is no folder"),
         (["radius", "--model", "a=x", "a=y", *digits], "one network only"),
+        (["radius", "--model", "a=x", "--keep", "b"], "--keep needs"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             draw(*words)

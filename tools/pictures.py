@@ -669,6 +669,8 @@ def gradients(args: argparse.Namespace) -> None:
 
 
 def radius(args: argparse.Namespace) -> None:
+    if args.keep and not (args.model and args.json):
+        raise UserError("--keep needs --model, the networks to measure, and --json, those to keep")
     if args.model:
         found = _measure_radius(args)
         if args.json:
@@ -705,6 +707,7 @@ def _measure_radius(args: argparse.Namespace) -> dict[str, Any]:
             "epsilons": epsilons,
             "networks": {},
         }
+        kept = _kept_networks(args, result)
         for name, file in args.model:
             measured = []
             for accuracy in accuracy_by_epsilon(
@@ -722,7 +725,30 @@ def _measure_radius(args: argparse.Namespace) -> dict[str, Any]:
                 "checkpoint_sha256": sha256_of(file),
                 "robust_accuracy": measured,
             }
+    result["networks"].update(kept)
     return result
+
+
+def _kept_networks(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``--keep`` as ``--json`` has them.
+
+    Raises:
+        UserError: it has no such network, or measured it otherwise.
+    """
+    if not args.keep:
+        return {}
+    before = read_radius(args.json)
+    for key, value in settings.items():
+        if key != "networks" and before.get(key) != value:
+            raise UserError(
+                f"--keep: {args.json} was measured with {key} {before.get(key)}, not {value}"
+            )
+    for name in args.keep:
+        if name not in before["networks"] or name in dict(args.model):
+            raise UserError(
+                f"--keep {name!r}: allowed is a network of {args.json} that --model leaves out"
+            )
+    return {name: before["networks"][name] for name in args.keep}
 
 
 def named_file(text: str) -> tuple[str, str]:
@@ -844,6 +870,13 @@ def build_parser() -> Parser:
         type=path,
         metavar="FILE",
         help="what was measured: written with --model, read without",
+    )
+    added.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="networks whose figures in --json stay, behind those of --model",
     )
     add_data(added, 500, "first N test images")
     added.add_argument(
