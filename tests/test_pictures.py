@@ -92,18 +92,6 @@ def test_curves_of_several_runs(draw, tmp_path):
     draw("curves", *logs)
 
 
-def test_curves_of_a_training_in_two_folders(draw, tmp_path):
-    """The second goes on where the first ended, on one axis; what only one has is left out."""
-    logs = [write_log(tmp_path / "a" / "run"), write_log(tmp_path / "b" / "run", 1, False, False)]
-    runs = pictures.read_runs(list(map(str, logs)))
-    run = pictures.joined(runs)
-    assert run.epochs == range(1, len(runs[0].epochs) + 2)
-    assert run.log["Train Acc."] == runs[0].log["Train Acc."] + runs[1].log["Train Acc."]
-    assert run.label == "b/run" and run.attack == runs[0].attack
-    assert not run.column("Test Robust Acc.")
-    draw("curves", *logs, "--joined", "--rate")
-
-
 def test_surface(draw, networks):
     pair = ["--model", networks / "a", "--undefended", networks / "b", "--dataset", "digits"]
     pixels = draw("surface", *pair, "--num_examples", 1, "--points", 3, "--threads", 1)

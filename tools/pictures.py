@@ -9,8 +9,7 @@
 
 Those with networks take --dataset (MNIST) and --data_dir (./data) as the evaluation scripts do.
 
-* curves: accuracy, natural loss and flatness by epoch; several logs lie over each other, or
-  with --joined follow each other.
+* curves: accuracy, natural loss and flatness by epoch; several logs lie over each other.
 * surface: the loss around test images, along the sign of its gradient and along random signs.
 * gradients: test images and the input gradients of two networks, as images.
 * radius: accuracy under PGD by epsilon; what was measured is kept as JSON, to be drawn again.
@@ -250,14 +249,6 @@ def read_runs(files: Sequence[str]) -> list[Curves]:
             raise UserError(f"{log}: no epoch in it yet")
         runs.append(Curves(label, columns, _probe(folder / "args.json")))
     return runs
-
-
-def joined(runs: Sequence[Curves]) -> Curves:
-    """Runs that went on with one another's network as the one training that they are."""
-    common = [name for name in runs[0].log if all(name in run.log for run in runs)]
-    log = {name: [value for run in runs for value in run.log[name]] for name in common}
-    attacks = dict.fromkeys(run.attack for run in runs if run.attack)
-    return Curves(runs[-1].label, log, " / ".join(attacks))
 
 
 def _probe(file: Path) -> str:
@@ -623,10 +614,9 @@ def _norm_name(found: dict[str, Any]) -> str:
 
 
 def curves(args: argparse.Namespace) -> None:
-    if args.rate and len(args.logs) > 1 and not args.joined:
-        raise UserError("--rate is for one log, or for several that are --joined")
-    runs = read_runs(args.logs)
-    save(draw_curves([joined(runs)] if args.joined else runs, args.rate), args.output)
+    if args.rate and len(args.logs) > 1:
+        raise UserError("--rate is for one log")
+    save(draw_curves(read_runs(args.logs), args.rate), args.output)
 
 
 def _compared(
@@ -829,11 +819,6 @@ def build_parser() -> Parser:
     added = picture("curves", curves, "accuracy, natural loss and flatness by epoch")
     added.add_argument("logs", nargs="+", type=path, metavar="LOG", help="log.txt, or its folder")
     added.add_argument("--rate", action="store_true", help="the learning rate's course as well")
-    added.add_argument(
-        "--joined",
-        action="store_true",
-        help="the logs are one training, each going on with the network of the one before",
-    )
 
     added = picture("surface", surface, "the loss around test images, undefended and LFR")
     add_pair(added)

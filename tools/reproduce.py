@@ -19,7 +19,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,6 @@ class Recipe:
         num_examples: test images that the expected figures were measured on.
         stages: flags that the trainings, one after the other in the same folder, differ in; a
             stage that is done already says so and ends.
-        tuning: flags of a last training, in a folder of its own, that begins with the best network
-            of the stages; none if empty.
     """
 
     train: str
@@ -65,11 +63,6 @@ class Recipe:
     expected: Mapping[str, Figure | None]
     num_examples: int = 1000
     stages: tuple[str, ...] = ("",)
-    tuning: str = ""
-
-    def folders(self, folder: Path) -> list[Path]:
-        """The run folders that the trainings leave; the last holds the network."""
-        return [folder, folder.with_name(f"{folder.name}_tuned")] if self.tuning else [folder]
 
 
 NOT_YET: dict[str, Figure | None] = dict.fromkeys(("clean", "pgd", "autoattack", "minutes"))
@@ -138,24 +131,17 @@ def run(command: list[str]) -> None:
         raise UserError(f"{command[0]} ended with exit code {code}")
 
 
-def training_commands(
-    recipe: Recipe, args: argparse.Namespace, folder: Path
-) -> Iterator[list[str]]:
-    """The trainings, each to be run before the next is asked for.
-
-    A training goes on with the run that its folder holds, if any.
-    """
-    trainings = [(folder, stage.split()) for stage in recipe.stages]
-    for tuned in recipe.folders(folder)[1:]:
-        trainings.append((tuned, [*recipe.tuning.split(), "--pretrained", str(folder)]))
-    for place, more in trainings:
-        script = RECIPES["mnist"].train if args.smoke else recipe.train
-        command = [script, *recipe.flags.split(), *more]
-        command += recipe.smoke.split() if args.smoke else ()
-        command += ["--data_dir", args.data_dir, *_machine(args), "--checkpoint", str(place)]
-        if (place / CHECKPOINT).exists():
-            command += ["--resume", str(place)]
-        yield command
+def training_command(
+    recipe: Recipe, stage: str, args: argparse.Namespace, folder: Path
+) -> list[str]:
+    """The training script and its flags; goes on with the run that the folder holds, if any."""
+    script = RECIPES["mnist"].train if args.smoke else recipe.train
+    command = [script, *recipe.flags.split(), *stage.split()]
+    command += recipe.smoke.split() if args.smoke else ()
+    command += ["--data_dir", args.data_dir, *_machine(args), "--checkpoint", str(folder)]
+    if (folder / CHECKPOINT).exists():
+        command += ["--resume", str(folder)]
+    return command
 
 
 def evaluation_command(recipe: Recipe, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -210,16 +196,12 @@ def holds(result: Path, checkpoint: Path, attacks: Sequence[str], num_examples: 
         return False
 
 
-def measured_figures(folders: Sequence[Path]) -> dict[str, float | None]:
+def measured_figures(folder: Path) -> dict[str, float | None]:
     """Accuracies in percent and minutes of training; None is not measured.
 
-    The minutes are those of the training steps by the runs' logs, so that they are the same whether
-    or not a run was interrupted; they leave out what watching the run takes.
-
-    Args:
-        folders: the run folders; the last one was evaluated.
+    The minutes are those of the training steps by the run's log, so that they are the same whether
+    or not the run was interrupted; they leave out what watching the run takes.
     """
-    folder = folders[-1]
     try:
         found: dict[str, Any] = json.loads(results(folder).read_text(encoding="utf-8"))
     except OSError as error:
@@ -227,8 +209,7 @@ def measured_figures(folders: Sequence[Path]) -> dict[str, float | None]:
     figures: dict[str, float | None] = {"clean": found["clean_accuracy"]}
     for name, attack in ATTACKS.items():
         figures[name] = found["attacks"].get(attack, {}).get("robust_accuracy")
-    seconds = [sum(read_log(place / "log.txt")["Seconds"]) for place in folders]
-    figures["minutes"] = sum(seconds) / 60
+    figures["minutes"] = sum(read_log(folder / "log.txt")["Seconds"]) / 60
     return figures
 
 
@@ -318,10 +299,8 @@ def main() -> int:
     if args.num_examples is None:
         args.num_examples = SMOKE_EXAMPLES if args.smoke else recipe.num_examples
 
-    for command in training_commands(recipe, args, folder):
-        run(command)
-    folders = recipe.folders(folder)
-    folder = folders[-1]
+    for stage in recipe.stages:
+        run(training_command(recipe, stage, args, folder))
     if "AutoAttack" not in attacks_here():
         print("\nAutoAttack is skipped: pip install pyautoattack==0.2.0")
     if is_evaluated(folder, args.num_examples):
@@ -329,7 +308,7 @@ def main() -> int:
     else:
         run(evaluation_command(recipe, args, folder))
 
-    measured = measured_figures(folders)
+    measured = measured_figures(folder)
     # Other data or another number of images has other figures.
     comparable = not args.smoke and args.num_examples == recipe.num_examples
     print(f"\n{table(measured, recipe.expected if comparable else NOT_YET)}")
