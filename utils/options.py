@@ -507,9 +507,9 @@ def validate_training(
         UserError: flags that contradict each other.
     """
     given = frozenset(given)
-    args.checkpoint = None if args.checkpoint in ("", ".") else args.checkpoint
-    args.resume = None if args.resume in ("", ".") else args.resume
-    args.pretrained = None if args.pretrained in ("", ".") else args.pretrained
+    for name in ("checkpoint", "resume", "pretrained"):
+        if getattr(args, name) in ("", "."):
+            setattr(args, name, None)
     if args.evaluate and args.resume is None:
         raise UserError("--evaluate needs --resume PATH, the checkpoint to evaluate")
     if args.resume and args.overwrite:

@@ -44,6 +44,14 @@ CHECKPOINT = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 LOG = "log.txt"
 
+# Key of a checkpoint, its types, and what to say when it has another.
+_CHECKPOINT_TYPES = (
+    ("epoch", (int,), "a number is"),
+    ("acc", (int, float), "a number is"),
+    ("best_acc", (int, float), "a number is"),
+    ("args", (dict, type(None)), "flags by name are"),
+)
+
 _TEMPORARY = re.compile(r"\..+\.tmp-\d+")
 _CHECKPOINT_NAME = re.compile(r"(checkpoint|model_best|epoch\d+)\.pth\.tar")
 
@@ -382,13 +390,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     checkpoint["state_dict"] = state
-    for key, kinds in {"epoch": (int,), "acc": (int, float), "best_acc": (int, float)}.items():
+    for key, kinds, needed in _CHECKPOINT_TYPES:
         if key in checkpoint and type(checkpoint[key]) not in kinds:
-            raise UserError(f"{path}: '{key}' is {shown(checkpoint[key])}, a number is needed")
+            raise UserError(f"{path}: '{key}' is {shown(checkpoint[key])}, {needed} needed")
     if checkpoint.get("epoch", 0) < 0:
         raise UserError(f"{path}: 'epoch' is {checkpoint['epoch']}")
-    if type(checkpoint.get("args")) not in (dict, type(None)):
-        raise UserError(f"{path}: 'args' is {shown(checkpoint['args'])}, flags by name are needed")
     arch = checkpoint.get("arch")
     if arch is not None:
         if not isinstance(arch, dict) or not isinstance(arch.get("name"), str):

@@ -31,6 +31,7 @@ from utils.errors import UserError
 from utils.lfr import sharpest_point
 from utils.runs import (
     BEST,
+    CHECKPOINT,
     RunFolder,
     load_checkpoint,
     restore_fields,
@@ -54,9 +55,6 @@ PARTED = 20.0
 # times less than the gradient norm at held-out images, the search no longer finds what is there.
 HIDDEN = 3.0
 
-# What the score of an epoch depends on; those before and after another choice do not compare.
-MEASURE = ("norm", "probe_epsilon", "probe_steps", "probe_size", "val_size", "nlabel", "manualSeed")
-
 # Flags that may differ in a resumed run without a word: they say where things are.
 ELSEWHERE = {
     "resume",
@@ -71,6 +69,9 @@ ELSEWHERE = {
 
 # What decides which training images are held out.
 SPLIT = ("val_size", "nlabel", "manualSeed")
+
+# What the score of an epoch depends on; those before and after another choice do not compare.
+MEASURE = ("norm", "probe_epsilon", "probe_steps", "probe_size", *SPLIT)
 
 # Weight of the clean accuracy in the choice of the best epoch: it decides between equals only.
 TIE_BREAK = 1e-6
@@ -158,7 +159,7 @@ class _Run:
         self.probe_ball = Ball(args.norm, args.probe_epsilon)
         self.network = self._build()
         if args.pretrained is not None and self.checkpoint is None:
-            self._begin_with(Path(args.pretrained))
+            self._begin_with(_file_in(args.pretrained, BEST))
         self.rate, self.weight = learning_rate(args), flatness_weight(args)
         self.optimizer = self._optimizer()
         self.average = None
@@ -174,9 +175,7 @@ class _Run:
     def _read_checkpoint(self) -> dict[str, Any] | None:
         if self.args.resume is None:
             return None
-        path = Path(self.args.resume)
-        if path.is_dir():
-            path = path / "checkpoint.pth.tar"
+        path = _file_in(self.args.resume, CHECKPOINT)
         self.args.resume = str(path)
         return load_checkpoint(path)
 
@@ -242,7 +241,6 @@ class _Run:
 
         A run that is resumed has long left them: ``--resume`` goes before ``--pretrained``.
         """
-        path = path / BEST if path.is_dir() else path
         found = load_checkpoint(path)
         restore_network(self.network, found, path)
         self.here.say(f"beginning with the weights of {path}")
@@ -412,7 +410,7 @@ class _Run:
             due = args.save_minutes and time.monotonic() - saved > 60 * args.save_minutes
             if folder is not None and (asked or due):
                 board.flush()
-                folder.save(self._state(), "checkpoint.pth.tar")
+                folder.save(self._state(), CHECKPOINT)
                 saved = time.monotonic()
             if asked:
                 raise Interrupted
@@ -493,7 +491,7 @@ class _Run:
         # The first epochs' running statistics lag behind: without a best yet, any is the best.
         if score > progress.best and (not parted or progress.best < 0):
             progress.best = score
-            names.append("model_best.pth.tar")
+            names.append(BEST)
         if args.ckpt_interval and progress.epoch % args.ckpt_interval == 0:
             names.append(f"epoch{progress.epoch}.pth.tar")
         if parted:
@@ -525,8 +523,8 @@ class _Run:
             }
         )
         state = self._state(found)
-        folder.save(state, *names, "checkpoint.pth.tar")
-        best = "  *" if "model_best.pth.tar" in names else ""
+        folder.save(state, *names, CHECKPOINT)
+        best = "  *" if BEST in names else ""
         self.here.say(_row(progress.epoch, args.epochs, used_rate, means, found) + best)
 
     def _measure(self, network: nn.Module) -> dict[str, float]:
@@ -633,6 +631,11 @@ class _Run:
             )
         )
         return 0
+
+
+def _file_in(path: str, name: str) -> Path:
+    """``path`` itself, or the file of that name in it if it is a run folder."""
+    return Path(path) / name if Path(path).is_dir() else Path(path)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
