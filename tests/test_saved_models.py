@@ -113,6 +113,21 @@ def test_a_network_is_whole(name):
     assert 0 < checkpoint["epoch"] <= epochs
 
 
+@published
+def test_a_kept_report_is_of_the_network_beside_it():
+    """AutoAttack takes hours, so its report is kept; of another checkpoint it would say nothing."""
+    reports = sorted(PLACE.rglob("autoattack.json"))
+    assert reports
+    for path in reports:
+        report = json.loads(path.read_text())
+        assert report["checkpoint_sha256"] == sha256_of(path.parent / "model_best.pth.tar")
+        assert not Path(report["model_path"]).is_absolute()
+        found = report["attacks"]["AutoAttack"]
+        after = list(found["accuracy_after"].values())
+        assert after == sorted(after, reverse=True)  # a stage attacks what the one before left
+        assert found["robust_accuracy"] == after[-1] <= report["clean_accuracy"]
+
+
 def as_measured(name: str, data_dir: Path):
     """A network, the images it was measured on, and its entry in the results; or a skip."""
     results = json.loads((PLACE / RESULTS).read_text())
