@@ -11,8 +11,9 @@ set of weights, depending on the statistics it normalises by:
 | running | running         | running     | running         | the clean batch, once  |
 | mixed   | the clean batch | running     | perturbed batch | clean, perturbed and clean again |
 
-``mixed`` is the original's. There the natural loss and the flatness are measured on two networks,
-and training can make them differ in place of becoming flat: see `docs/failure_case.md`.
+``mixed`` is the original's, whose search comes first, by the running statistics that the batch
+before left. There the natural loss and the flatness are measured on two networks, and training can
+make them differ in place of becoming flat: see `docs/failure_case.md`.
 ``shared`` measures everything on one and the same network: the statistics of the clean batch are
 computed once, and the search and the penalty normalise by those numbers, through which the
 penalty's gradient flows back too. A sample's gradient then depends on that sample alone, and

@@ -178,21 +178,29 @@ def lfr_loss(
         ValueError: unknown search or bn_mode.
     """
     passes = Passes(model, bn_mode)
+
+    def search_from_here() -> Tensor:
+        with passes.search() as kernels:
+            return sharpest_point(
+                model,
+                x,
+                y,
+                ball,
+                step_size=step_size,
+                num_steps=num_steps,
+                search=search,
+                start=start,
+                kernels=kernels,
+            )
+
+    # The original searches before the clean batch has moved the running statistics by which it
+    # searches; "shared" searches by the clean batch's statistics, so it has to see that first.
+    sharpest = search_from_here() if passes.bn_mode == "mixed" else None
     with passes.natural() as kernels, kernels:
         logits = model(x)
         natural_loss = F.cross_entropy(full_precision(logits), y)
-    with passes.search() as kernels:
-        sharpest = sharpest_point(
-            model,
-            x,
-            y,
-            ball,
-            step_size=step_size,
-            num_steps=num_steps,
-            search=search,
-            start=start,
-            kernels=kernels,
-        )
+    if sharpest is None:
+        sharpest = search_from_here()
     with passes.penalty() as kernels:
         mean_flatness = flatness(model, sharpest, y, ball, kernels).mean()
     passes.finish(x)
