@@ -1,24 +1,21 @@
 """The networks: images [N, C, H, W] in [0, 1] in, logits [N, num_classes] out."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, NORM_LAYERS
-from models.resnet import BLOCKS, ResNet
-from models.small_cnn import SmallCNN
-from models.wrn import WideResNet
+from .layers import ACTIVATIONS, NORM_LAYERS
+from .preact_resnet import preact_resnet18, wide_resnet
+from .resnet import BLOCKS, ResNet
+from .small_cnn import SmallCNN
 
-__all__ = ["ACTIVATIONS", "BLOCKS", "MODELS", "NORM_LAYERS", "build_model", "infer_arch"]
-
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": SmallCNN,
     "resnet": ResNet,
-    "wrn": WideResNet,
+    "wrn": wide_resnet,
+    "preact_resnet": preact_resnet18,
 }
 
 
@@ -28,22 +25,18 @@ def build_model(name: str, **options: Any) -> nn.Module:
     Args:
         name: a key of :data:`MODELS`.
         options: any options of any network; each network takes those it knows, so that one set of
-            command-line flags serves all of them.
+            command-line flags serves all of them. ``activation``: a key of :data:`ACTIVATIONS`;
+            ``norm_layer``: one of :data:`NORM_LAYERS`; ``in_channels``: 1 for grey, 3 for colour.
 
-    Returns:
-        The network, with ``network.arch``: a plain dict from which ``build_model(**network.arch)``
-        builds the same architecture again. Checkpoints store it.
-
-    Raises:
-        ValueError: unknown name, or an option the network refuses.
+    Returns the network, with ``network.arch``: a plain dict from which
+    ``build_model(**network.arch)`` builds the same architecture again. Checkpoints store it.
+    Raises ValueError for an unknown name, or an option that the network refuses.
     """
     if name not in MODELS:
         raise ValueError(f"arch is {name!r}, allowed are {', '.join(MODELS)}")
-    network_class = MODELS[name]
-    parameters = inspect.signature(network_class).parameters
-    arch = {key: parameter.default for key, parameter in parameters.items()}
-    arch.update({key: value for key, value in options.items() if key in parameters})
-    network = network_class(**arch)
+    parameters = inspect.signature(MODELS[name]).parameters
+    arch = {key: options.get(key, parameter.default) for key, parameter in parameters.items()}
+    network = MODELS[name](**arch)
     network.arch = {"name": name, **arch}
     return network
 
@@ -57,47 +50,29 @@ def infer_arch(state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
     Args:
         state_dict: parameter names without ``module.``.
 
-    Returns:
-        Options for :func:`build_model`, or None when no network of ours looks like that.
+    Returns options for :func:`build_model`, or None when no network of ours looks like that.
     """
-
-    def shape(key: str) -> tuple[int, ...]:
-        value = state_dict.get(key)
-        return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-    def blocks(prefix: str) -> int:
-        start = len(prefix.split("."))
-        return len({key.split(".")[start] for key in state_dict if key.startswith(prefix + ".")})
-
-    if len(shape("feature_extractor.conv1.weight")) == 4 and shape("classifier.fc3.weight"):
-        features = shape("classifier.fc1.weight")
-        side = round((features[1] / 64) ** 0.5) if len(features) == 2 else 4
-        return {
-            "name": "small_cnn",
-            "num_classes": shape("classifier.fc3.weight")[0],
-            "in_channels": shape("feature_extractor.conv1.weight")[1],
-            "image_size": (side * 2 + 4) * 2 + 4,
-        }
-    if len(shape("conv1.weight")) != 4 or not shape("fc.weight"):
+    shapes = {name: tuple(v.shape) for name, v in state_dict.items() if isinstance(v, Tensor)}
+    small = "classifier.fc3.weight" in shapes
+    names = ("feature_extractor.conv1", "classifier.fc3") if small else ("conv1", "fc")
+    stem, head = (shapes.get(f"{name}.weight", ()) for name in names)
+    if len(stem) != 4 or len(head) != 2:
         return None
-    common = {"num_classes": shape("fc.weight")[0], "in_channels": shape("conv1.weight")[1]}
-    norm = "batch" if shape("bn1.running_mean") else "group" if shape("bn1.weight") else "none"
-    if shape("layer1.0.conv1.weight"):
-        block_name = "Bottleneck" if shape("layer1.0.conv3.weight") else "BasicBlock"
-        convolutions = BLOCKS[block_name].convolutions
-        return {
-            "name": "resnet",
-            "depth": 3 * convolutions * blocks("layer1") + 2,
-            "block_name": block_name,
-            "norm_layer": norm,
-            **common,
-        }
-    if len(shape("block1.layer.0.conv1.weight")) == 4:
-        return {
-            "name": "wrn",
-            "depth": 6 * blocks("block1.layer") + 4,
-            "widen_factor": max(1, shape("block1.layer.0.conv1.weight")[0] // 16),
-            "norm_layer": norm,
-            **common,
-        }
-    return None
+    arch = {"num_classes": head[0], "in_channels": stem[1]}
+    if small:
+        side = round((shapes["classifier.fc1.weight"][1] / 64) ** 0.5)
+        return {"name": "small_cnn", "image_size": 4 * side + 12, **arch}
+    batch, group = (f"bn1.{name}" in shapes for name in ("running_mean", "weight"))
+    arch["norm_layer"] = "batch" if batch else "group" if group else "none"
+    first = [key for key in shapes if key.startswith(("layer1.", "block1."))]
+    first = [shapes[key] for key in first if key.endswith(".conv1.weight")]  # one of each block
+    if not first:
+        return None
+    if "layer1.0.conv1.weight" in shapes:
+        block_name = "Bottleneck" if "layer1.0.conv3.weight" in shapes else "BasicBlock"
+        depth = 3 * len(BLOCKS[block_name].kernels) * len(first) + 2
+        return {"name": "resnet", "depth": depth, "block_name": block_name, **arch}
+    if "block4.layer.0.conv1.weight" in shapes:
+        return {"name": "preact_resnet", **arch}
+    depth, widen_factor = 6 * len(first) + 4, first[0][0] // 16
+    return {"name": "wrn", "depth": depth, "widen_factor": widen_factor, **arch}

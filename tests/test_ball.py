@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.ball import NORMS, Ball, ascend
+from utils.lfr import NORMS, Ball, ascend
 
 
 def images(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from utils.ball import NORMS, Ball
-from utils.batch_norm import BN_MODES, Passes, mode, normalization
-from utils.lfr import lfr_loss, sharpest_point
-from utils.second_order import Kernels
+from utils.lfr import BN_MODES, NORMS, Ball, flatness, inner_maximization, lfr_loss
+from utils.lfr.accel import Accelerated
+from utils.lfr.batch_norm import StepPolicy, mode, normalization
 
 
 class Plain(nn.Module):
@@ -129,26 +128,35 @@ def by_hand(network: nn.Module, how: dict[str, str]) -> nn.Module:
 
 
 def reference(network, x, y, start, statistics: tuple[str, str, str], **options):
-    """LFR's loss in plain PyTorch; ``statistics``: of natural loss, search and penalty."""
+    """LFR's loss in plain PyTorch; ``statistics``: of natural loss, search and penalty.
+
+    The search comes first, as in the original, unless it needs what the clean batch leaves.
+    """
     settings = {"step_size": 0.02, "num_steps": 3, "lambada": 0.7, **options}
-    how = {"statistics": statistics[0], "update": True}
+    how = {"update": False}
     network = by_hand(network, how)
-    natural_loss = F.cross_entropy(network(x), y)
-    how["update"] = False
+
+    def clean_batch():
+        how.update(statistics=statistics[0], update=True)
+        natural = F.cross_entropy(network(x), y)
+        how["update"] = False
+        return natural
 
     def gradient_norms(point):
         value = F.cross_entropy(network(point), y, reduction="sum")
         return BALL.dual_norm(torch.autograd.grad(value, point, create_graph=True)[0])
 
+    natural = clean_batch() if statistics[1] == "kept" else None
     how["statistics"] = statistics[1]
     point = start
     for _ in range(settings["num_steps"]):
         point = point.detach().requires_grad_()
         direction = torch.autograd.grad(gradient_norms(point).sum(), point)[0]
         point = BALL.project((point + settings["step_size"] * direction.sign()).detach(), x)
+    natural = clean_batch() if natural is None else natural
     how["statistics"] = statistics[2]
     flat = gradient_norms(point.detach().requires_grad_()).mean()
-    return natural_loss, flat, natural_loss + settings["lambada"] * flat, point
+    return natural, flat, natural + settings["lambada"] * flat, point
 
 
 STATISTICS = {
@@ -167,16 +175,16 @@ def test_loss_and_gradient_equal_batch_norm_written_out(name, bn_mode):
     For ``shared`` this includes the penalty's gradient through the clean batch's statistics.
     """
     network, x, y, start = prepared(name)
-    natural_loss, flat, total, point = reference(network, x, y, start, STATISTICS[bn_mode])
+    natural, flat, total, point = reference(network, x, y, start, STATISTICS[bn_mode])
     expected = torch.autograd.grad(total, list(network.parameters()), allow_unused=True)
 
     terms = loss(network, x, y, start, bn_mode)
     found = torch.autograd.grad(terms.total, list(network.parameters()), allow_unused=True)
 
     close = {"rtol": 1e-9, "atol": 1e-11}
-    torch.testing.assert_close(terms.natural_loss, natural_loss, **close)
-    torch.testing.assert_close(terms.sharpest, point, **close)
-    torch.testing.assert_close(terms.flatness, flat, **close)
+    torch.testing.assert_close(terms.natural, natural, **close)
+    torch.testing.assert_close(terms.x_adv, point, **close)
+    torch.testing.assert_close(terms.penalty, flat, **close)
     torch.testing.assert_close(terms.total, total, **close)
     for (parameter, _), f, e in zip(network.named_parameters(), found, expected):
         torch.testing.assert_close(
@@ -188,37 +196,32 @@ def test_shared_gradient_does_flow_through_the_statistics():
     """Treating them as constants gives another gradient; else the test above would prove little."""
     network, x, y, start = prepared("resnet")
     weight = network.conv1.weight
-    whole = torch.autograd.grad(loss(network, x, y, start, "shared").flatness, weight)[0]
-    passes = Passes(network, "shared")
-    with passes.natural() as kernels, kernels:
+    whole = torch.autograd.grad(loss(network, x, y, start, "shared").penalty, weight)[0]
+    policy = StepPolicy(network, "shared")
+    with policy.natural():
         network(x)
-    passes._statistics = {k: (m.detach(), s.detach()) for k, (m, s) in passes._statistics.items()}
-    from utils.lfr import flatness
-
-    with passes.search() as kernels:
-        point = sharpest_point(
-            network, x, y, BALL, step_size=0.02, num_steps=3, start=start, kernels=kernels
-        )
-    with passes.penalty() as kernels:
-        constant = flatness(network, point, y, BALL, kernels).mean()
+    policy._statistics = {k: (m.detach(), s.detach()) for k, (m, s) in policy._statistics.items()}
+    point = inner_maximization(
+        network, x, y, BALL, step_size=0.02, num_steps=3, start=start, policy=policy
+    )
+    with policy.penalty():
+        constant = flatness(network, point, y, BALL).mean()
     part = torch.autograd.grad(constant, weight)[0]
     assert float((whole - part).norm()) > 0.01 * float(whole.norm())
 
 
 def test_shared_makes_a_sample_s_flatness_its_own():
     """Given the statistics, moving one image changes no other image's gradient norm."""
-    from utils.lfr import flatness
-
     network, x, y, _ = prepared("wrn")
-    passes = Passes(network, "shared")
-    with passes.natural() as kernels, kernels:
+    policy = StepPolicy(network, "shared")
+    with policy.natural():
         network(x)
     moved = x.clone()
     moved[0] = torch.rand_like(moved[0])
 
     def found(images):
-        with passes.penalty() as kernels:
-            return flatness(network, images, y, BALL, kernels).detach()
+        with policy.penalty():
+            return flatness(network, images, y, BALL).detach()
 
     before, after = found(x), found(moved)
     assert not torch.isclose(before[0], after[0])
@@ -226,7 +229,7 @@ def test_shared_makes_a_sample_s_flatness_its_own():
 
 
 def statistics_after(network, *batches) -> dict[str, torch.Tensor]:
-    """The buffers after train-mode forward passes of these batches by PyTorch itself."""
+    """The buffers after train-mode forward policy of these batches by PyTorch itself."""
     twin = copy.deepcopy(network).train()
     with torch.no_grad():
         for batch in batches:
@@ -244,7 +247,7 @@ def test_what_the_running_statistics_see(name, bn_mode):
     network, x, y, start = prepared(name)
     twin = copy.deepcopy(network)
     terms = loss(network, x, y, start, bn_mode)
-    seen = [x, terms.sharpest, x] if bn_mode == "mixed" else [x]
+    seen = [x, terms.x_adv, x] if bn_mode == "mixed" else [x]
     expected = statistics_after(twin, *seen)
     for key, buffer in buffers(network).items():
         torch.testing.assert_close(buffer, expected[key], rtol=1e-9, atol=1e-12, msg=key)
@@ -269,10 +272,10 @@ def test_eval_mode_uses_and_keeps_the_running_statistics(bn_mode):
     network, x, y, start = prepared("resnet")
     network.eval()
     before = buffers(network)
-    natural_loss, flat, _, _ = reference(network, x, y, start, STATISTICS["running"])
+    natural, flat, _, _ = reference(network, x, y, start, STATISTICS["running"])
     terms = loss(network, x, y, start, bn_mode)
-    torch.testing.assert_close(terms.natural_loss, natural_loss)
-    torch.testing.assert_close(terms.flatness, flat)
+    torch.testing.assert_close(terms.natural, natural)
+    torch.testing.assert_close(terms.penalty, flat)
     for key, buffer in buffers(network).items():
         assert torch.equal(buffer, before[key]), key
 
@@ -294,7 +297,7 @@ def test_modes_and_flags_come_back(bn_mode, frozen_layer):
         pass
 
     for stage in ("natural", "search", "penalty"):
-        with pytest.raises(Wrong), getattr(Passes(network, bn_mode), stage)() as kernels, kernels:
+        with pytest.raises(Wrong), getattr(StepPolicy(network, bn_mode), stage)():
             raise Wrong
         assert flags() == before
     with pytest.raises(Wrong), mode(network, training=False):
@@ -318,10 +321,10 @@ def test_networks_without_batch_norm_do_not_care(bn_mode):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_search_alone_leaves_a_training_network_as_it_was(norm):
-    """sharpest_point on a network in train mode, without naming any kernels."""
+    """inner_maximization on a network in train mode, without naming a policy."""
     network, x, y, _ = prepared("resnet")
     before = buffers(network)
-    sharpest_point(network, x, y, Ball(norm, 0.1), step_size=0.02, num_steps=2)
+    inner_maximization(network, x, y, Ball(norm, 0.1), step_size=0.02, num_steps=2)
     assert network.training
     for key, buffer in buffers(network).items():
         assert torch.equal(buffer, before[key]), key
@@ -330,15 +333,15 @@ def test_the_search_alone_leaves_a_training_network_as_it_was(norm):
 def test_networks_share_no_statistics():
     """Layers are told apart even when a network has many of the same size."""
     network, x, _, _ = prepared("wrn")
-    passes = Passes(network, "shared")
-    with passes.natural() as kernels, kernels:
+    policy = StepPolicy(network, "shared")
+    with policy.natural():
         network(x)
-    assert len(passes._statistics) == len(norms(network))
+    assert len(policy._statistics) == len(norms(network))
 
 
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="bn_mode is 'train', allowed are shared, batch"):
-        Passes(nn.Identity(), "train")
+        StepPolicy(nn.Identity(), "train")
 
 
 @pytest.mark.parametrize("bn_mode", BN_MODES)
@@ -358,9 +361,9 @@ def test_autocast_and_single_precision(bn_mode):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in single.parameters())
 
 
-def test_frozen_kernels_without_statistics_use_the_batch():
+def test_frozen_without_statistics_uses_the_batch():
     network, x, _, _ = prepared("resnet")
-    with normalization(network, batch_statistics=True), Kernels(frozen=True):
+    with normalization(network, batch_statistics=True), Accelerated(frozen=True):
         found = network(x)
     expected = by_hand(network, {"statistics": "batch", "update": False})(x)
     torch.testing.assert_close(found, expected)

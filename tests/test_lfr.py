@@ -13,17 +13,17 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from models import build_model
-from utils.ball import NORMS, Ball
 from utils.lfr import (
+    NORMS,
     SEARCHES,
-    first_point,
+    Ball,
     flatness,
-    full_precision,
+    initial_point,
+    inner_maximization,
     input_gradient,
     lfr_loss,
-    sharpest_point,
 )
-from utils.second_order import Kernels
+from utils.lfr.loss import full_precision
 
 
 class Linear(nn.Module):
@@ -66,9 +66,9 @@ def test_gradient_norm_of_a_linear_model(norm):
     x, y = torch.rand(7, 3, 2, 2, dtype=torch.float64), torch.arange(7) % 5
     p = model(x).softmax(1) - F.one_hot(y, 5)
     expected = (p @ model.dense.weight).view_as(x).detach()
-    torch.testing.assert_close(input_gradient(model, x, y, Kernels()), expected)
+    torch.testing.assert_close(input_gradient(model, x, y), expected)
     norms = {"l_inf": expected.flatten(1).abs().sum(1), "l_2": expected.flatten(1).norm(dim=1)}
-    torch.testing.assert_close(flatness(model, x, y, Ball(norm, 0.1), Kernels()), norms[norm])
+    torch.testing.assert_close(flatness(model, x, y, Ball(norm, 0.1)), norms[norm])
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -82,14 +82,14 @@ def test_maximum_of_two_classes_in_closed_form(norm, search):
     x = 0.4 + 0.2 * torch.rand(6, 2, 2, 2, dtype=torch.float64)
     y = torch.tensor([0, 1, 0, 1, 0, 1])
     ball = Ball(norm, 0.15)
-    found = sharpest_point(model, x, y, ball, step_size=0.05, num_steps=30, search=search)
+    found = inner_maximization(model, x, y, ball, step_size=0.05, num_steps=30, search=search)
 
     w = (model.dense.weight[1] - model.dense.weight[0]).detach()
     logits = model(x).detach()
     margin = (logits[:, 1] - logits[:, 0]) * (2 * y - 1)
     dual = ball.dual_norm(w[None])
     expected = dual * torch.sigmoid(0.15 * dual - margin)
-    steepness = flatness(model, found, y, ball, Kernels())
+    steepness = flatness(model, found, y, ball)
     torch.testing.assert_close(steepness, expected, rtol=1e-6, atol=0)
 
 
@@ -107,13 +107,10 @@ def test_maximum_against_brute_force(norm, pixels):
     moves = torch.cartesian_prod(*[line] * pixels).view(-1, 1, 1, pixels)
     moves = moves[ball.distance(moves, torch.zeros_like(moves)) <= 0.1 + 1e-9]
     best = torch.stack(
-        [
-            flatness(model, x[i] + moves, y[i].expand(len(moves)), ball, Kernels()).max()
-            for i in range(len(x))
-        ]
+        [flatness(model, x[i] + moves, y[i].expand(len(moves)), ball).max() for i in range(len(x))]
     ).detach()
-    found = sharpest_point(model, x, y, ball, step_size=0.01, num_steps=60)
-    ratio = flatness(model, found, y, ball, Kernels()).detach() / best
+    found = inner_maximization(model, x, y, ball, step_size=0.01, num_steps=60)
+    ratio = flatness(model, found, y, ball).detach() / best
     assert float(ratio.max()) < 1.01  # the grid may miss the very edge
     assert float(ratio.min()) > 0.98 and float(ratio.median()) > 0.999
 
@@ -130,7 +127,7 @@ def test_points_found_lie_in_ball_and_box(norm, search, epsilon, step_size):
     x[0] = x[0].round()
     ball = Ball(norm, epsilon)
     y = torch.tensor([1, 2, 3])
-    found = sharpest_point(model, x, y, ball, step_size=step_size, num_steps=3, search=search)
+    found = inner_maximization(model, x, y, ball, step_size=step_size, num_steps=3, search=search)
     assert found.shape == x.shape and found.dtype == x.dtype and not found.requires_grad
     assert bool((ball.distance(found, x) <= epsilon * (1 + 1e-5) + 1e-6).all())
     assert float(found.min()) >= 0 and float(found.max()) <= 1
@@ -157,7 +154,9 @@ def test_the_paper_s_rule_step_by_step(norm):
             delta = expected + 0.03 * second / length - x
             length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             expected = (x + delta * (0.08 / length).clamp_max(1)).clamp(0, 1)
-    found = sharpest_point(model, x, y, Ball(norm, 0.08), step_size=0.03, num_steps=4, start=start)
+    found = inner_maximization(
+        model, x, y, Ball(norm, 0.08), step_size=0.03, num_steps=4, start=start
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -170,7 +169,9 @@ def test_the_fast_search_climbs_the_loss(norm):
         point = point.detach().requires_grad_()
         g = torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)[0]
         point = ball.project(point + 0.03 * ball.steepest(g), x)
-    found = sharpest_point(model, x, y, ball, step_size=0.03, num_steps=3, start=x, search="fast")
+    found = inner_maximization(
+        model, x, y, ball, step_size=0.03, num_steps=3, start=x, search="fast"
+    )
     torch.testing.assert_close(found, point.detach(), rtol=0, atol=1e-10)
 
 
@@ -181,10 +182,10 @@ def test_more_steps_find_steeper_points(norm):
     ball = Ball(norm, 0.2 if norm == "l_inf" else 1.0)
     steepness = []
     for steps in (0, 1, 4, 12):
-        found = sharpest_point(
+        found = inner_maximization(
             model, x, y, ball, step_size=ball.epsilon / 4, num_steps=steps, start=x
         )
-        steepness.append(flatness(model, found, y, ball, Kernels()).detach())
+        steepness.append(flatness(model, found, y, ball).detach())
     for fewer, more in itertools.pairwise(steepness):
         assert float(more.mean()) >= 0.99 * float(fewer.mean())
     assert bool((steepness[-1] > 1.02 * steepness[0]).all())
@@ -194,18 +195,18 @@ def test_no_steps_are_plain_input_gradient_regularisation():
     model = small_cnn().double()
     x, y = torch.rand(3, 1, 16, 16, dtype=torch.float64), torch.tensor([4, 0, 9])
     ball = Ball("l_inf", 0.3)
-    assert torch.equal(sharpest_point(model, x, y, ball, step_size=0.1, num_steps=0), x)
+    assert torch.equal(inner_maximization(model, x, y, ball, step_size=0.1, num_steps=0), x)
     point = x.clone().requires_grad_()
     g = torch.autograd.grad(
         F.cross_entropy(model(point), y, reduction="sum"), point, create_graph=True
     )[0]
     expected = g.abs().flatten(1).sum(1).mean()
     terms = lfr_loss(model, x, y, ball, step_size=0.1, num_steps=0, lambada=0.5)
-    torch.testing.assert_close(terms.flatness, expected)
-    natural_loss = F.cross_entropy(model(x), y)
-    torch.testing.assert_close(terms.total, natural_loss + 0.5 * expected)
+    torch.testing.assert_close(terms.penalty, expected)
+    natural = F.cross_entropy(model(x), y)
+    torch.testing.assert_close(terms.total, natural + 0.5 * expected)
     found = torch.autograd.grad(terms.total, list(model.parameters()))
-    wanted = torch.autograd.grad(natural_loss + 0.5 * expected, list(model.parameters()))
+    wanted = torch.autograd.grad(natural + 0.5 * expected, list(model.parameters()))
     for f, w in zip(found, wanted):
         torch.testing.assert_close(f, w, rtol=1e-8, atol=1e-10)
 
@@ -220,7 +221,7 @@ def test_a_sample_knows_nothing_of_its_batch(norm, search):
     ball = Ball(norm, 0.1)
 
     def found(index):
-        moved = sharpest_point(
+        moved = inner_maximization(
             model,
             x[index],
             y[index],
@@ -230,7 +231,7 @@ def test_a_sample_knows_nothing_of_its_batch(norm, search):
             start=start[index],
             search=search,
         )
-        return moved, flatness(model, moved, y[index], ball, Kernels()).detach()
+        return moved, flatness(model, moved, y[index], ball).detach()
 
     points, norms = found(torch.arange(6))
     single = [found(torch.tensor([i])) for i in range(6)]
@@ -242,7 +243,7 @@ def test_a_sample_knows_nothing_of_its_batch(norm, search):
     torch.testing.assert_close(
         lfr_loss(
             model, x, y, ball, step_size=0.03, num_steps=3, lambada=1, start=start, search=search
-        ).flatness,
+        ).penalty,
         norms.mean(),
         **close,
     )
@@ -283,12 +284,12 @@ def test_the_search_leaves_no_trace(name, search, training):
         }
 
     before = state()
-    sharpest_point(
+    inner_maximization(
         network, x, y, Ball("l_inf", 0.1), step_size=0.05, num_steps=2, search=search, start=x
     )
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
     with torch.no_grad():
-        sharpest_point(network, x, y, Ball("l_2", 0.1), step_size=0.05, num_steps=1, start=x)
+        inner_maximization(network, x, y, Ball("l_2", 0.1), step_size=0.05, num_steps=1, start=x)
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
     class Wrong(Exception):
@@ -299,7 +300,7 @@ def test_the_search_leaves_no_trace(name, search, training):
 
     handle = network.register_forward_hook(fail)
     with pytest.raises(Wrong):
-        sharpest_point(network, x, y, Ball("l_2", 0.1), step_size=0.05, num_steps=1, start=x)
+        inner_maximization(network, x, y, Ball("l_2", 0.1), step_size=0.05, num_steps=1, start=x)
     handle.remove()
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
@@ -309,27 +310,27 @@ def test_the_only_random_numbers_are_those_of_the_start():
     model, x = small_cnn(), torch.rand(2, 1, 16, 16)
     y, ball = torch.tensor([1, 7]), Ball("l_inf", 0.1)
     torch.manual_seed(11)
-    found = sharpest_point(model, x, y, ball, step_size=0.05, num_steps=2)
+    found = inner_maximization(model, x, y, ball, step_size=0.05, num_steps=2)
     after = torch.get_rng_state()
     torch.manual_seed(11)
     start = (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
     assert torch.equal(torch.get_rng_state(), after)
-    again = sharpest_point(model, x, y, ball, step_size=0.05, num_steps=2, start=start)
+    again = inner_maximization(model, x, y, ball, step_size=0.05, num_steps=2, start=start)
     assert torch.equal(found, again)
 
 
 @pytest.mark.parametrize("norm", ["l_inf", "l_2"])
 def test_the_fast_search_begins_all_over_the_inner_half_of_the_ball(norm):
     x, ball = torch.full((64, 1, 16, 16), 0.5), Ball(norm, 0.3)
-    start = first_point(x, ball, "fast")
-    assert not torch.equal(start, first_point(x, ball, "fast"))
+    start = initial_point(x, ball, "fast")
+    assert not torch.equal(start, initial_point(x, ball, "fast"))
     distance = ball.distance(start, x)
     assert (distance <= 0.3 + 1e-6).all()
     if norm == "l_2":
         assert distance.mean().item() == pytest.approx(0.15, rel=0.05)
     else:
         assert (start - x).std().item() == pytest.approx(0.3 / 4, rel=0.05)
-    assert ball.distance(first_point(x, ball, "paper"), x).max() < 0.02
+    assert ball.distance(initial_point(x, ball, "paper"), x).max() < 0.02
 
 
 def test_the_search_never_drops_out():
@@ -337,13 +338,13 @@ def test_the_search_never_drops_out():
     network, x = small_cnn(drop=0.5), torch.rand(2, 1, 16, 16)
     y, options = torch.tensor([1, 7]), {"step_size": 0.05, "num_steps": 2, "start": x}
     ball = Ball("l_inf", 0.1)
-    expected = sharpest_point(network.eval(), x, y, ball, **options)
+    expected = inner_maximization(network.eval(), x, y, ball, **options)
     network.train()
-    assert torch.equal(sharpest_point(network, x, y, ball, **options), expected)
+    assert torch.equal(inner_maximization(network, x, y, ball, **options), expected)
     terms = [lfr_loss(network, x, y, ball, lambada=0.1, **options) for _ in range(2)]
-    assert all(torch.equal(t.sharpest, expected) for t in terms)
-    assert terms[0].natural_loss != terms[1].natural_loss
-    assert terms[0].flatness != terms[1].flatness
+    assert all(torch.equal(t.x_adv, expected) for t in terms)
+    assert terms[0].natural != terms[1].natural
+    assert terms[0].penalty != terms[1].penalty
 
 
 # -- derivatives ----------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ def test_derivatives_of_the_flatness_against_finite_differences(norm):
         def model(images):
             return functional_call(network, dict(zip(names, weights)), images)
 
-        return flatness(model, x, y, ball, Kernels())
+        return flatness(model, x, y, ball)
 
     weights = [p.detach().clone().requires_grad_() for p in network.parameters()]
     assert gradcheck(norms, (x, *weights), eps=1e-6, atol=1e-6, rtol=1e-4)
@@ -369,7 +370,7 @@ def test_derivatives_of_the_flatness_against_finite_differences(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradient_of_the_whole_loss_against_finite_differences(norm):
-    """lfr_loss(...).total along random directions in weight space, the sharpest points fixed."""
+    """lfr_loss(...).total along random directions in weight space, x_adv fixed."""
     network = Smooth().double()
     x, y = torch.rand(3, 1, 5, 5, dtype=torch.float64), torch.tensor([3, 0, 2])
     options = {"ball": Ball(norm, 0.1), "step_size": 0.1, "num_steps": 0, "lambada": 0.7}
@@ -409,11 +410,11 @@ def test_the_named_parts(dtype, capsys):
     terms = lfr_loss(network, x, y, Ball("l_2", 0.5), step_size=0.1, num_steps=2, lambada=0.3)
     assert {t.dtype for t in terms} == {dtype}
     assert terms.total.requires_grad and terms.total.shape == ()
-    torch.testing.assert_close(terms.total, terms.natural_loss + 0.3 * terms.flatness)
-    torch.testing.assert_close(terms.natural_loss, F.cross_entropy(network(x), y))
+    torch.testing.assert_close(terms.total, terms.natural + 0.3 * terms.penalty)
+    torch.testing.assert_close(terms.natural, F.cross_entropy(network(x), y))
     torch.testing.assert_close(terms.logits, network(x).detach())
-    assert not terms.logits.requires_grad and not terms.sharpest.requires_grad
-    assert terms.sharpest.shape == x.shape
+    assert not terms.logits.requires_grad and not terms.x_adv.requires_grad
+    assert terms.x_adv.shape == x.shape
     terms.total.backward()
     assert all(p.grad is not None and p.grad.dtype == dtype for p in network.parameters())
     assert capsys.readouterr() == ("", "")
@@ -433,7 +434,7 @@ def test_training_with_it_makes_a_network_flat():
             optimizer.zero_grad()
             terms.total.backward()
             optimizer.step()
-        found[lambada] = float(terms.flatness.detach()), float(terms.natural_loss.detach())
+        found[lambada] = float(terms.penalty.detach()), float(terms.natural.detach())
     assert found[0.3][0] < 0.8 * found[0.0][0]
     assert found[0.0][1] < 0.6 and found[0.3][1] < 0.69  # ln 2 is what guessing costs
 
@@ -452,6 +453,6 @@ def test_unknown_names_are_refused():
     model, x, y = small_cnn(), torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
     ball = Ball("l_2", 0.1)
     with pytest.raises(ValueError, match="search is 'slow', allowed are paper, fast"):
-        sharpest_point(model, x, y, ball, step_size=0.1, num_steps=1, search="slow")
+        inner_maximization(model, x, y, ball, step_size=0.1, num_steps=1, search="slow")
     with pytest.raises(ValueError, match="bn_mode is 'eval'"):
         lfr_loss(model, x, y, ball, step_size=0.1, num_steps=1, lambada=1, bn_mode="eval")

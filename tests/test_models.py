@@ -10,8 +10,6 @@ from torchvision.models import resnet as torchvision_resnet
 
 from models import ACTIVATIONS, BLOCKS, MODELS, NORM_LAYERS, build_model, infer_arch
 from models.layers import activation_layer, conv_norm, norm_layer
-from utils.engine import evaluate
-from utils.runs import load_checkpoint, load_network
 
 
 def count(network: nn.Module) -> int:
@@ -27,10 +25,12 @@ def count(network: nn.Module) -> int:
         (855_770, "resnet", {"depth": 56}),
         (10_961_370, "wrn", {"depth": 16, "widen_factor": 8}),
         (36_479_194, "wrn", {"depth": 28, "widen_factor": 10}),
+        (11_172_170, "preact_resnet", {}),
     ],
 )
 def test_parameter_counts(expected, name, options):
-    """As published for SmallCNN (TRADES), ResNet-20 (0.27 M), WRN-16-8 (11.0 M), 28-10 (36.5 M)."""
+    """As published: SmallCNN (TRADES), ResNet-20 (0.27 M), WRN-16-8 (11.0 M), WRN-28-10 (36.5 M),
+    PreActResNet-18 (11.17 M)."""
     with torch.device("meta"):
         assert count(build_model(name, **options)) == expected
 
@@ -110,6 +110,31 @@ def test_wrn_written_out():
     torch.testing.assert_close(network(x), network.fc(out))
 
 
+def preact_resnet_written_out(network, x):
+    """Like WRN, with four stages of two blocks."""
+    out = F.conv2d(x, network.conv1.weight, padding=1)
+    sizes = []
+    for i, stage in enumerate((network.block1, network.block2, network.block3, network.block4)):
+        for j, block in enumerate(stage.layer):
+            step = 2 if i > 0 and j == 0 else 1
+            activated = F.relu(block.bn1(out))
+            if step == 2:
+                out = F.conv2d(activated, block.convShortcut.weight, stride=2)
+            inner = F.conv2d(activated, block.conv1.weight, stride=step, padding=1)
+            out = out + F.conv2d(F.relu(block.bn2(inner)), block.conv2.weight, padding=1)
+        sizes.append(tuple(out.shape[1:]))
+    return network.fc(F.relu(network.bn1(out)).mean((2, 3))), sizes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_preact_resnet_written_out(training):
+    network = build_model("preact_resnet").train(training)
+    x = torch.rand(2, 3, 32, 32)
+    expected, sizes = preact_resnet_written_out(network, x)
+    assert sizes == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    torch.testing.assert_close(network(x), expected)
+
+
 def test_layer_names_are_the_published_ones():
     small = list(build_model("small_cnn").state_dict())
     layers = [f"feature_extractor.conv{i}" for i in (1, 2, 3, 4)]
@@ -125,6 +150,13 @@ def test_layer_names_are_the_published_ones():
     for block in ("layer2.0.", "layer3.0."):
         expected |= {f"{block}downsample.0.weight", *(f"{block}downsample.1.{k}" for k in norm)}
     assert resnet == expected
+    preact = set(build_model("preact_resnet").state_dict())
+    expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{kind}" for kind in norm)}
+    for block in (f"block{s}.layer.{i}." for s in (1, 2, 3, 4) for i in (0, 1)):
+        expected |= {f"{block}conv{i}.weight" for i in (1, 2)}
+        expected |= {f"{block}bn{i}.{kind}" for i in (1, 2) for kind in norm}
+    expected |= {f"block{s}.layer.0.convShortcut.weight" for s in (2, 3, 4)}
+    assert preact == expected
 
 
 # -- choices --------------------------------------------------------------------------------------
@@ -139,6 +171,9 @@ OPTIONS = [
     ("wrn", {"depth": 10, "widen_factor": 2}),
     ("wrn", {"depth": 16, "widen_factor": 1, "norm_layer": "group"}),
     ("wrn", {"depth": 10, "widen_factor": 1, "norm_layer": "none", "drop": 0.3}),
+    ("preact_resnet", {"num_classes": 100, "in_channels": 1}),
+    ("preact_resnet", {"norm_layer": "group"}),
+    ("preact_resnet", {"norm_layer": "none"}),
 ]
 
 
@@ -215,7 +250,12 @@ def test_without_normalisation_the_network_starts_as_its_shortcuts():
 
 
 def test_initial_logits_of_small_cnn_are_zero():
-    assert not build_model("small_cnn")(torch.rand(2, 1, 28, 28)).any()
+    """The last layer starts at zero, and so do the biases of the convolutions."""
+    network = build_model("small_cnn")
+    assert not network(torch.rand(2, 1, 28, 28)).any()
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 4
+    assert all(m.weight.all() and not m.bias.any() for m in convolutions)
 
 
 def test_dropout_is_active_in_training_only():
@@ -236,7 +276,7 @@ def test_conv_norm_outside_of_any_mode():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "vgg"}, "arch is 'vgg', allowed are small_cnn, resnet, wrn"),
+        ({"name": "vgg"}, "arch is 'vgg', allowed are small_cnn, resnet, wrn, preact_resnet"),
         ({"name": "resnet", "depth": 21}, "depth is 21, BasicBlock needs 6n.2: 8, 14, 20"),
         ({"name": "resnet", "depth": 2}, "depth is 2"),
         ({"name": "resnet", "depth": 20, "block_name": "Bottleneck"}, "needs 9n.2: 11, 20"),
@@ -279,6 +319,13 @@ def test_strange_weights_are_no_network_of_ours(state):
 # -- the original's checkpoints -------------------------------------------------------------------
 
 
+def original_weights(path) -> dict[str, torch.Tensor]:
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
 @pytest.mark.parametrize(
     ("file", "name", "parameters"),
     [
@@ -288,22 +335,19 @@ def test_strange_weights_are_no_network_of_ours(state):
 )
 def test_the_original_s_checkpoints_load(reference_dir, file, name, parameters):
     """Strictly: every weight has its place, and none is left over."""
-    if not (reference_dir / file).exists():
-        pytest.skip(f"no {file}")
-    checkpoint = load_checkpoint(reference_dir / file)
+    state = original_weights(reference_dir / file)
     network = build_model(name)
     assert count(network) == parameters
-    network.load_state_dict(checkpoint["state_dict"], strict=True)
-    loaded, _ = load_network(reference_dir / file)
-    assert loaded.arch == network.arch and not loaded.training
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, network.state_dict()[key]), key
+    network.load_state_dict(state, strict=True)
+    assert infer_arch(state) == {key: network.arch[key] for key in infer_arch(state)}
 
 
 def test_the_original_s_clean_accuracy_on_mnist(reference_dir, mnist_test):
     """99.51 % on the 10,000 test images, as the authors' own code measures."""
-    if not (reference_dir / "original_mnist.pth.tar").exists():
-        pytest.skip("no original_mnist.pth.tar")
-    network, _ = load_network(reference_dir / "original_mnist.pth.tar")
-    network = network.to(memory_format=torch.channels_last)
-    assert evaluate(network, mnist_test, 500)["accuracy"] == pytest.approx(99.51, abs=1e-9)
+    network = build_model("small_cnn").eval().to(memory_format=torch.channels_last)
+    network.load_state_dict(original_weights(reference_dir / "original_mnist.pth.tar"))
+    right = 0
+    with torch.no_grad():
+        for x, y in zip(mnist_test.images.split(500), mnist_test.labels.split(500)):
+            right += int((network(x.float() / 255).argmax(1) == y).sum())
+    assert right == 9951

@@ -10,12 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
-from utils.ball import NORMS, Ball
-from utils.batch_norm import BN_MODES
-from utils.lfr import SEARCHES, flatness, input_gradient, lfr_loss, sharpest_point
-from utils.second_order import Kernels
+from utils.lfr import (
+    BN_MODES,
+    NORMS,
+    SEARCHES,
+    Ball,
+    flatness,
+    inner_maximization,
+    input_gradient,
+    lfr_loss,
+)
+from utils.lfr.accel import Accelerated
 
 
 class Functional(nn.Module):
@@ -148,10 +156,11 @@ def double_backward(network, x, y, ball):
     return norms, gradients(norms.sum(), [x, *network.parameters()])
 
 
-def with_kernels(network, x, y, ball):
-    """The same by the method's own functions."""
+def accelerated(network, x, y, ball):
+    """The same by the method's own functions in the fast mode."""
     x = x.clone().requires_grad_()
-    norms = flatness(network, x, y, ball, Kernels())
+    with Accelerated():
+        norms = flatness(network, x, y, ball)
     return norms, gradients(norms.sum(), [x, *network.parameters()])
 
 
@@ -176,7 +185,7 @@ def test_equal_to_double_backward(name, norm):
     network.eval()
     ball = Ball(norm, 0.1)
     expected_norms, expected = double_backward(network, x, y, ball)
-    norms, found = with_kernels(network, x, y, ball)
+    norms, found = accelerated(network, x, y, ball)
     assert_all_close([norms], [expected_norms], 1e-10)
     assert expected[0].any()
     assert_all_close(found, expected, 1e-9)
@@ -188,7 +197,7 @@ def test_equal_to_double_backward_by_batch_statistics(name):
     network.train()
     ball = Ball("l_inf", 0.1)
     _, expected = double_backward(network, x, y, ball)
-    _, found = with_kernels(network, x, y, ball)
+    _, found = accelerated(network, x, y, ball)
     assert_all_close(found, expected, 1e-9)
 
 
@@ -201,22 +210,21 @@ def test_equal_in_single_precision_and_both_layouts(name, layout):
     x = x.contiguous(memory_format=layout)
     ball = Ball("l_2", 0.1)
     _, expected = double_backward(network, x, y, ball)
-    _, found = with_kernels(network, x, y, ball)
+    _, found = accelerated(network, x, y, ball)
     assert_all_close(found, expected, 1e-4)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["small_cnn", "resnet", "wrn", "resnet silu", "resnet group"])
-def test_frozen_kernels_give_the_same_ascent_direction(name, norm):
+def test_frozen_gives_the_same_ascent_direction(name, norm):
     """What the search computes: no gradients of weights on the way, the same gradient by x."""
     network, x, y = prepared(name)
     network.eval()
     ball = Ball(norm, 0.1)
     _, (expected, *_) = double_backward(network, x, y, ball)
     x.requires_grad_()
-    kernels = Kernels(frozen=True)
-    norms = flatness(network, x, y, ball, kernels)
-    with kernels.first_derivative():
+    with Accelerated(frozen=True):
+        norms = flatness(network, x, y, ball)
         found = torch.autograd.grad(norms.sum(), x)[0]
     assert_all_close([found], [expected], 1e-9)
 
@@ -254,7 +262,7 @@ def test_convolution_against_finite_differences(name):
     ]
 
     def convolution(x, weight, bias):
-        with Kernels():
+        with Accelerated():
             return F.conv2d(x, weight, bias, **options)
 
     assert torch.equal(convolution(*inputs), F.conv2d(*inputs, **options))
@@ -268,57 +276,11 @@ def test_third_derivatives_of_convolution():
     weight = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def gradient(x, weight):
-        with Kernels():
+        with Accelerated():
             value = F.conv2d(x, weight, padding=1).pow(3).sum()
         return torch.autograd.grad(value, (x, weight), create_graph=True)
 
     assert gradgradcheck(gradient, (x, weight), fast_mode=True)
-
-
-def test_third_derivatives_through_a_mask():
-    """Masks that a convolution applies for the node after it have derivatives as well."""
-    torch.manual_seed(0)
-    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-
-    def gradient(x, *weights):
-        with Kernels():
-            for weight in weights:
-                x = F.relu(F.conv2d(x, weight, padding=1))
-        return torch.autograd.grad(x.pow(3).sum(), inputs, create_graph=True)
-
-    inputs = (x, *weights)
-
-    def plain(x, *weights):
-        for weight in weights:
-            x = F.relu(F.conv2d(x, weight, padding=1))
-        return torch.autograd.grad(x.pow(3).sum(), inputs, create_graph=True)
-
-    def third(function):
-        value = sum(g.pow(2).sum() for g in function(*inputs))
-        value = sum(g.pow(2).sum() for g in torch.autograd.grad(value, inputs, create_graph=True))
-        return torch.autograd.grad(value, inputs)
-
-    assert_all_close(third(gradient), third(plain), 1e-10)
-
-
-def test_a_mask_of_a_lone_convolution_is_made_in_place(monkeypatch):
-    """SmallCNN: copied are only masks next to dense layers, and one after a pooling."""
-    from utils import second_order
-
-    copies, in_place = [], []
-    plain = second_order._rectified
-
-    def counted(grad, y, out=None):
-        (copies if out is None else in_place).append(y.shape)
-        return plain(grad, y, out)
-
-    monkeypatch.setattr(second_order, "_rectified", counted)
-    network, x, y = prepared("small_cnn")
-    network.eval()
-    sharpest_point(network, x, y, Ball("l_inf", 0.1), step_size=0.02, num_steps=1)
-    assert sorted(len(shape) for shape in copies) == [2] * 6 + [4] * 4
-    assert [len(shape) for shape in in_place] == [4] * 8
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -328,14 +290,14 @@ def test_gauss_newton_is_the_whole_curvature_of_a_relu_network(name, norm):
     network, x, y = prepared(name)
     network.eval()
     ball = Ball(norm, 0.1)
-    g = input_gradient(network, x, y, Kernels())
+    g = input_gradient(network, x, y)
     v = ball.steepest(g)
     logits, jv = torch.func.jvp(network, (x,), (v,))
     p = logits.softmax(1)
     curvature = p * jv - p * (p * jv).sum(1, keepdim=True)
     expected = torch.func.vjp(network, x)[1](curvature)[0]
 
-    _, (found, *_) = with_kernels(network, x, y, ball)
+    _, (found, *_) = accelerated(network, x, y, ball)
     assert_all_close([found], [expected.detach()], 1e-9)
 
 
@@ -343,32 +305,41 @@ def test_smooth_activations_have_more_curvature_than_gauss_newton():
     """Otherwise the test above would show nothing about ReLU."""
     network, x, y = prepared("resnet silu")
     network.eval()
-    v = Ball("l_inf", 0.1).steepest(input_gradient(network, x, y, Kernels()))
+    v = Ball("l_inf", 0.1).steepest(input_gradient(network, x, y))
     logits, jv = torch.func.jvp(network, (x,), (v,))
     p = logits.softmax(1)
     expected = torch.func.vjp(network, x)[1](p * jv - p * (p * jv).sum(1, keepdim=True))[0]
-    _, (found, *_) = with_kernels(network, x, y, Ball("l_inf", 0.1))
+    _, (found, *_) = accelerated(network, x, y, Ball("l_inf", 0.1))
     difference, size = (found - expected).detach().norm(), expected.detach().norm()
     assert float(difference) > 0.01 * float(size)
 
 
-def test_the_search_asks_for_no_gradient_of_a_weight(monkeypatch):
-    from utils import second_order
+class WeightGradients(TorchDispatchMode):
+    """Counts the gradients of convolution weights that are computed while it is entered."""
 
-    asked = []
-    plain = second_order._gradient_of_weight
-    monkeypatch.setattr(
-        second_order,
-        "_gradient_of_weight",
-        lambda *arguments: asked.append(1) or plain(*arguments),
-    )
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.count += args[-1][1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_the_training_step_computes_gradients_of_weights():
+    """The search none; the penalty's first derivative none, its backward pass two a layer."""
     network, x, y = prepared("resnet")
     network.eval()
     ball = Ball("l_inf", 0.1)
-    sharpest_point(network, x, y, ball, step_size=0.02, num_steps=2)
-    assert not asked
-    flatness(network, x, y, ball, Kernels()).sum().backward()
-    assert asked
+    with WeightGradients() as search:
+        inner_maximization(network, x, y, ball, step_size=0.02, num_steps=2)
+    assert search.count == 0
+    with Accelerated():
+        with WeightGradients() as first:
+            norms = flatness(network, x, y, ball)
+        with WeightGradients() as second:
+            norms.sum().backward()
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    assert first.count == 0 and second.count == 2 * convolutions
 
 
 @pytest.mark.parametrize("search", ["paper", "fast"])
@@ -387,7 +358,7 @@ def test_memory_does_not_grow_with_the_steps(name, search):
     gc.collect()
     gc.disable()
     try:
-        sharpest_point(
+        inner_maximization(
             network, x, y, Ball("l_inf", 0.1), step_size=0.01, num_steps=5, search=search
         )
         assert not any(point() is not None for point in points)
@@ -450,9 +421,9 @@ def test_autocast_is_finite_and_close(name):
     network, x, y = prepared(name, torch.float32)
     network.eval()
     ball = Ball("l_2", 0.1)
-    expected_norms, expected = with_kernels(network, x, y, ball)
+    expected_norms, expected = accelerated(network, x, y, ball)
     with torch.autocast("cpu", torch.bfloat16):
-        norms, found = with_kernels(network, x, y, ball)
+        norms, found = accelerated(network, x, y, ball)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms, expected_norms, rtol=0.05, atol=1e-3)
     assert all(f.dtype == torch.float32 and f.isfinite().all() for f in found)
@@ -461,55 +432,20 @@ def test_autocast_is_finite_and_close(name):
 
 
 def test_nothing_of_the_mode_stays():
+    """Also after an error inside: the same outputs, and gradients for all weights."""
     network, x, _ = prepared("resnet")
     network.eval()
     before = network(x)
-    kernels = Kernels(frozen=True)
-    with pytest.raises(RuntimeError), kernels:
+    with pytest.raises(RuntimeError), Accelerated(frozen=True):
         F.conv2d(x, torch.zeros(1, 9, 3, 3, dtype=x.dtype))
-    with pytest.raises(ZeroDivisionError), kernels.first_derivative():
-        _ = 1 / 0
-    assert kernels.wanted.input_only is False
+    with Accelerated():
+        inside = network(x)
+        with pytest.raises(RuntimeError, match="not have been used"):
+            torch.autograd.grad(inside.sum(), torch.zeros(1, requires_grad=True))
+    torch.testing.assert_close(inside, before)
     after = network(x)
     assert torch.equal(before, after)
-    after.sum().backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_by_its_own_batch(affine):
-    """The gradients of a gradient norm, and the running statistics, are PyTorch's own."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-    x, along = (draw(3, 2, 4, 3) + 1).requires_grad_(), draw(3, 2, 4, 3)
-    parameters = [draw(2).requires_grad_(), draw(2).requires_grad_()] if affine else []
-
-    def look(kernels):
-        running = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-        with kernels:
-            y = F.batch_norm(x, *running, *(parameters or (None, None)), True, 0.3, 1e-3)
-        with kernels.first_derivative():
-            (g,) = torch.autograd.grad((y.sin() * along).sum(), x, create_graph=True)
-        found = torch.autograd.grad((g.abs() * along).sum(), [x, *parameters])
-        return [y, g, *running, *found]
-
-    class Plain(Kernels):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
-    assert_all_close(look(Kernels()), look(Plain()), 1e-10)
-
-
-def test_batch_norm_by_its_own_batch_differentiated_by_everything():
-    """Outside of first_derivative(), all second derivatives are there."""
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 2, 2), 2, 2)]
-
-    def normalized(x, weight, bias):
-        with Kernels():
-            return F.batch_norm(x, None, None, weight, bias, True)
-
-    assert gradcheck(normalized, inputs)
-    assert gradgradcheck(normalized, inputs)
+    for output in (inside, after):
+        network.zero_grad()
+        output.sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
