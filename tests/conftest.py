@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from models import build_model
-from utils.data import ImageSet, load_dataset
+from utils.data import ImageSet
+from utils.datasets import load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,8 +1,9 @@
 """The one kind of error a user should see as a single line."""
 
-from __future__ import annotations
-
+import errno
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +20,22 @@ def printable(text: str) -> str:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave with its exit code; a UserError becomes one line and 2."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # names that the terminal's encoding cannot show
+    threading.excepthook = lambda failed: None  # TensorBoard's writer; it is raised again in ours
     try:
-        code = main()
+        code = main() or 0
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
-        line = printable(str(error))
+        code, line = 2, printable(str(error))
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        sys.stderr.close()  # `script | head` is no failure; python would complain at exit
+    except OSError as error:
+        # What is printed goes nowhere; errors of files have a name. `script | head` is no failure.
+        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
         code = 1
-    sys.exit(code or 0)
+        if error.errno != errno.EPIPE:
+            print(f"{Path(sys.argv[0]).name}: error: standard output: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for python's own flush
+    sys.exit(code)
