@@ -4,43 +4,40 @@ python MNIST_defense.py --dataset MNIST --data_dir ./data --epochs 100 --save_di
 python MNIST_defense.py --dataset digits --search fast --epochs 30 --save_dir SavedModels
 """
 
-from __future__ import annotations
-
 from utils.errors import run_script
-from utils.options import TrainingDefaults, parse_training
 from utils.training import train
 
-DEFAULTS = TrainingDefaults(
-    dataset="MNIST",
-    datasets=("MNIST", "FashionMNIST", "SVHN", "digits", "folder"),
-    arch="small_cnn",
-    archs=("small_cnn", "resnet", "wrn"),
-    depth=16,
-    widen_factor=8,
-    schedule=(90,),
-    lr=0.01,
-    weight_decay=0.0,
-    epsilon=0.3,
-    num_steps=40,
-    step_size=0.01,
-    fast_num_steps=4,
-    fast_step_size=0.15,
-    lambada=0.02,
-    ckpt_interval=10,
-    augment=False,
-    crop_padding=2,
-    mirror=False,
-    when={
-        ("dataset", "SVHN"): {"arch": "wrn"},
-        ("dataset", "FashionMNIST"): {"mirror": True},
-        ("dataset", "folder"): {"mirror": True},
+DEFAULTS = {
+    "dataset": "MNIST",
+    "datasets": ("MNIST", "FashionMNIST", "SVHN", "digits", "folder"),
+    "arch": "small_cnn",
+    "archs": ("small_cnn", "resnet", "preact_resnet", "wrn"),
+    "depth": 16,
+    "block_name": "BasicBlock",
+    "widen_factor": 8,
+    "drop": 0.0,
+    "augment": False,
+    "schedule": (90,),
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "norm": "l_inf",
+    "epsilon": 0.3,
+    "num_steps": 40,
+    "step_size": 0.01,
+    "fast_num_steps": 4,
+    "fast_step": 0.5,  # times epsilon
+    "lambada": 0.02,
+    "ckpt_interval": 10,
+    "when": {
+        ("dataset", "SVHN"): {"arch": "wrn", "epsilon": 0.031, "num_steps": 10, "step_size": 0.007},
         ("arch", "resnet"): {"depth": 20},
+        ("norm", "l_2"): {"epsilon": 1.5, "step_size": 0.1, "lambada": 0.1},
     },
-)
+}
 
 
 def main() -> int:
-    return train(parse_training(DEFAULTS, description=__doc__.splitlines()[0]))
+    return train(DEFAULTS, __doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from utils.ball import NORMS, Ball
 from utils.defenses import DEFENSES, Defense, DefenseLoss
-from utils.lfr import first_point, lfr_loss
+from utils.lfr import NORMS, Ball, initial_point, lfr_loss
 
 
 def prepared(batch_norm: bool = False):
@@ -39,8 +38,8 @@ def ascent(x, start, ball, step_size, gradient, steps=3):
     for _ in range(steps):
         g = gradient(point.detach().requires_grad_())
         if ball.norm == "l_inf":
-            moved = point + step_size * g.sign()
-            point = torch.maximum(torch.minimum(moved, x + ball.epsilon), x - ball.epsilon)
+            x_adv = point + step_size * g.sign()
+            point = torch.maximum(torch.minimum(x_adv, x + ball.epsilon), x - ball.epsilon)
         else:
             per_sample = lambda t: t.flatten(1).norm(dim=1).view(-1, 1, 1, 1)  # noqa: E731
             delta = point + step_size * g / per_sample(g) - x
@@ -61,11 +60,11 @@ def test_lfr_is_the_method(search):
     network, x, y, noise = prepared()
     d = defense("lfr", search=search)
     terms = DefenseLoss(network, d)(x, y, noise, 0.7)
-    start = first_point(x, d.ball, search, noise)
+    start = initial_point(x, d.ball, search, noise)
     options = {"step_size": d.step_size, "num_steps": 3, "search": search, "start": start}
     expected = lfr_loss(network, x, y, d.ball, lambada=0.7, **options)
     torch.testing.assert_close(terms.total, expected.total)
-    assert torch.equal(terms.sharpest, expected.sharpest)
+    assert torch.equal(terms.x_adv, expected.x_adv)
     assert_same_gradients(network, terms.total, expected.total)
 
 
@@ -78,7 +77,7 @@ def test_igr_is_lfr_without_a_step(norm):
     )
     for found, wanted in zip(terms, expected):
         torch.testing.assert_close(found, wanted)
-    assert torch.equal(terms.sharpest, x)
+    assert torch.equal(terms.x_adv, x)
     assert_same_gradients(network, terms.total, expected.total)
 
 
@@ -95,13 +94,13 @@ def test_adversarial_training(norm):
 
     uniform = 2 * torch.distributions.Normal(0, 1).cdf(noise) - 1
     start = d.ball.project(x + d.ball.epsilon * uniform, x)
-    moved = ascent(x, start, d.ball, d.step_size, gradient)
-    torch.testing.assert_close(terms.sharpest, moved)
-    expected = F.cross_entropy(network(moved), y)
+    x_adv = ascent(x, start, d.ball, d.step_size, gradient)
+    torch.testing.assert_close(terms.x_adv, x_adv)
+    expected = F.cross_entropy(network(x_adv), y)
     torch.testing.assert_close(terms.total, expected)
-    torch.testing.assert_close(terms.natural_loss, expected.detach())
-    assert float(terms.flatness) == 0
-    torch.testing.assert_close(terms.logits, network(moved).detach())
+    torch.testing.assert_close(terms.natural, expected.detach())
+    assert float(terms.penalty) == 0
+    torch.testing.assert_close(terms.logits, network(x_adv).detach())
     assert_same_gradients(network, terms.total, expected)
 
 
@@ -120,21 +119,21 @@ def test_trades(norm):
     def gradient(point):
         return torch.autograd.grad(divergence(fixed, point).sum(), point)[0]
 
-    moved = ascent(x, (x + 0.001 * noise).clamp(0, 1), d.ball, d.step_size, gradient)
-    torch.testing.assert_close(terms.sharpest, moved)
-    natural_loss = F.cross_entropy(network(x), y)
-    robust = divergence(network(x).softmax(1), moved).mean()
-    torch.testing.assert_close(terms.natural_loss, natural_loss.detach())
-    torch.testing.assert_close(terms.flatness, robust.detach())
-    torch.testing.assert_close(terms.total, natural_loss + 2.5 * robust)
-    assert_same_gradients(network, terms.total, natural_loss + 2.5 * robust)
+    x_adv = ascent(x, (x + 0.001 * noise).clamp(0, 1), d.ball, d.step_size, gradient)
+    torch.testing.assert_close(terms.x_adv, x_adv)
+    natural = F.cross_entropy(network(x), y)
+    robust = divergence(network(x).softmax(1), x_adv).mean()
+    torch.testing.assert_close(terms.natural, natural.detach())
+    torch.testing.assert_close(terms.penalty, robust.detach())
+    torch.testing.assert_close(terms.total, natural + 2.5 * robust)
+    assert_same_gradients(network, terms.total, natural + 2.5 * robust)
 
 
 def test_none_is_cross_entropy():
     network, x, y, noise = prepared()
     terms = DefenseLoss(network, defense("none"))(x, y, noise, 0.7)
     torch.testing.assert_close(terms.total, F.cross_entropy(network(x), y))
-    assert float(terms.flatness) == 0 and terms.sharpest is x
+    assert float(terms.penalty) == 0 and terms.x_adv is x
 
 
 @pytest.mark.parametrize("name", DEFENSES)
@@ -151,10 +150,10 @@ def test_common_to_all(name):
     assert all(module.training for module in network.modules())
     assert torch.equal(torch.get_rng_state(), random)
     assert terms.logits.shape == (3, 10) and not terms.logits.requires_grad
-    assert bool((d.ball.distance(terms.sharpest, x) <= d.ball.epsilon + 1e-9).all())
-    assert float(terms.natural_loss.detach()) > 0
+    assert bool((d.ball.distance(terms.x_adv, x) <= d.ball.epsilon + 1e-9).all())
+    assert float(terms.natural.detach()) > 0
 
-    seen = {"at": [terms.sharpest], "trades": [x, terms.sharpest]}.get(name, [x])
+    seen = {"at": [terms.x_adv], "trades": [x, terms.x_adv]}.get(name, [x])
     with torch.no_grad():
         for images in seen:
             twin(images)

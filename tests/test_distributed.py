@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import MNIST_defense
-from utils.options import parse_training
-from utils.runs import load_checkpoint, read_log
+from utils.checkpoints import load_checkpoint
+from utils.run_folder import read_log
 from utils.training import train
 
 # 80 training images in batches of 23, 23, 23 and 11: two processes have shares of 11 and 12.
@@ -48,13 +48,11 @@ def test_two_processes_equal_one(torchrun, tmp_path, capsys):
     done = torchrun(*FLAGS.split(), "--save_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    for line in ("device: ", "data: ", "run folder: ", "1/1 "):
+    for line in ("device: ", "data: ", "run folder: ", "epoch 1/1 "):
         assert done.stdout.count(line) == 1, done.stdout
 
-    args = parse_training(
-        MNIST_defense.DEFAULTS, [*FLAGS.split(), "--save_dir", str(tmp_path / "one")]
-    )
-    assert train(args) == 0
+    words = [*FLAGS.split(), "--save_dir", str(tmp_path / "one")]
+    assert train(MNIST_defense.DEFAULTS, "", words) == 0
     torch.set_flush_denormal(False)
     name = "digits/lr_0.05_lambada_0.05_rs_1000"
     two, one = (tmp_path / count / name for count in ("two", "one"))
@@ -73,7 +71,7 @@ def test_two_processes_go_on_from_one_s_checkpoint(torchrun, tmp_path, capsys):
     """With BatchNorm, whose statistics are the first process's, and averaged weights."""
     flags = f"{FLAGS} --arch resnet --depth 8 --max_steps 1 --probe_size 0 --ema 0.9".split()
     flags += ["--checkpoint", str(tmp_path / "run")]
-    assert train(parse_training(MNIST_defense.DEFAULTS, flags)) == 0
+    assert train(MNIST_defense.DEFAULTS, "", flags) == 0
     torch.set_flush_denormal(False)
     done = torchrun(*flags, "--resume", tmp_path / "run", "--epochs", 2)
     assert done.returncode == 0, done.stderr

@@ -55,16 +55,16 @@ def test_without_cuda_the_same_command_runs_and_says_where(gpus):
 def test_several_gpus_need_several_processes(gpus, monkeypatch):
     gpus(2)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(UserError, match="torchrun --nproc_per_node=2"), runtime.world("0,1"):
+    with pytest.raises(UserError, match="torchrun --nproc_per_node=2"), runtime.processes("0,1"):
         pass
 
 
-def test_one_process_is_a_world_of_its_own(gpus, capsys):
+def test_one_process_alone(gpus, capsys):
     gpus(0)
-    with runtime.world("0") as here:
-        assert here.is_main and here.sum(1.5, 2) == [1.5, 2]
-        here.barrier()
-        here.say("hello")
+    with runtime.processes("0") as run:
+        assert run.is_main and run.sum(1.5, 2) == [1.5, 2]
+        run.barrier()
+        run.log("hello")
     torch.set_flush_denormal(False)
     assert capsys.readouterr().out.splitlines()[-1] == "hello"
 
@@ -82,7 +82,7 @@ def test_versions_are_plain_text():
     assert all(type(value) is str for value in versions().values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_noted_and_a_second_one_acts(number):
     before = signal.getsignal(number)
     acted = []

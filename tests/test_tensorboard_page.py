@@ -1,123 +1,75 @@
-"""TensorBoard in a real browser: every published curve has its card, and the cards are drawn."""
+"""TensorBoard, started as a user does, serves every curve, picture and card of a run."""
 
 from __future__ import annotations
 
-import re
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import closing
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tools.browser import Browser, find_browser
-from tools.tensorboard_screenshot import show, tensorboard
-from utils.board import Board
+from utils.board import LAYOUT, Board
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
-
-EPOCHS, STEPS = 4, 20
+RUN = "MNIST/lr_0.01_lambada_0.02_rs_1000/scalars"
+TAGS = ("Loss_epoch/train_loss", "Acc_epoch/test_acc", "Loss_iter/Loss", "Robust/test_pgd")
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """A browser, and TensorBoard's address for a folder of runs that holds one run."""
+def ask(tmp_path_factory):
+    """``ask("scalars/tags")``: what a started TensorBoard answers to /data/plugin/..."""
     folder = tmp_path_factory.mktemp("SavedModels")
-    board = Board(folder / "MNIST" / "lr_0.01_lambada_0.02_rs_1000" / "scalars")
-    board.describe("python MNIST_defense.py --dataset MNIST --epochs 4", {"epsilon": 0.3})
-    x = torch.rand(10, 1, 28, 28)
-    for epoch in range(EPOCHS):
-        for step in range(epoch * STEPS, (epoch + 1) * STEPS):
-            loss = 1 / (1 + step)
-            values = {"loss": 2 * loss, "loss_normal": loss, "loss_gradient": 9, "grad_part": loss}
-            board.iteration(step, values)
-        board.epoch(
-            epoch,
-            {
-                "train_loss": 1 / (epoch + 1),
-                "test_loss": 2 / (epoch + 1),
-                "loss_normal": 0.5 / (epoch + 1),
-                "loss_grad": 10 / (epoch + 1),
-                "train_acc": 80 + epoch,
-                "test_acc": 78 + epoch,
-                "learning_rate": 0.01,
-                "seconds": 3.0,
-                "Robust/test_pgd": 50 + 2 * epoch,
-                "Mode_gap/gap": 0.1,
-            },
-        )
-        board.images(epoch, x, 1 - x, torch.arange(10), torch.arange(10), list("0123456789"))
-    board.close()
-    with tensorboard(folder) as address, Browser(1440, 4000) as browser:
-        yield browser, address
+    with closing(Board(folder / RUN)) as board:
+        board.describe("python MNIST_defense.py --dataset MNIST", {"epsilon": 0.3})
+        for step in range(5):
+            board.scalars(step, dict.fromkeys(TAGS, step / 2))
+        x = torch.rand(10, 1, 28, 28)
+        board.images(0, x, 1 - x, torch.arange(10), torch.arange(10), list("0123456789"))
+    words = ["-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
+    log = open(folder / "tensorboard.log", "w+")  # noqa: SIM115
+    process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
+
+    def question(path: str, **query: str) -> object:
+        for _ in range(100):  # the server starts, and then reads the files
+            log.seek(0)
+            address = [word for word in log.read().split() if word.startswith("http://localhost:")]
+            if address:
+                url = f"{address[0].rstrip('/')}/data/plugin/{path}?{urllib.parse.urlencode(query)}"
+                try:
+                    with urllib.request.urlopen(url, timeout=10) as reply:
+                        if found := json.load(reply):
+                            return found
+                except urllib.error.HTTPError:
+                    pass  # not read yet
+            assert process.poll() is None, "TensorBoard has ended"
+            time.sleep(0.2)
+        raise AssertionError(f"no answer to {path}")
+
+    yield question
+    process.terminate()
+    process.wait()
+    log.close()
 
 
-def test_every_curve_has_a_drawn_card(page, tmp_path):
-    browser, address = page
-    text = show(browser, address, "timeseries")
-    assert "MNIST/lr_0.01_lambada_0.02_rs_1000/scalars" in text.replace(" ", "")
-    tags = browser.evaluate("[...document.querySelectorAll('scalar-card .tag')].map(e => e.title)")
-    assert sorted(tags) == [
-        "Acc_epoch/test_acc",
-        "Acc_epoch/train_Acc",
-        "Loss_epoch/loss_grad",
-        "Loss_epoch/loss_normal",
-        "Loss_epoch/test_loss",
-        "Loss_epoch/train_loss",
-        "Loss_iter/Loss",
-        "Loss_iter/Loss_gradient",
-        "Loss_iter/Loss_normal",
-        "Loss_iter/grad_part",
-        "Mode_gap/gap",
-        "Robust/test_pgd",
-        "Schedule/learning_rate",
-        "Time/seconds_per_epoch",
-    ]
-    # One run: one line in the list of runs, not one for each curve.
-    swatches = browser.evaluate(
-        """[...document.querySelectorAll("runs-data-table .run-color-swatch")].map(
-            (element) => getComputedStyle(element).backgroundColor)"""
-    )
-    assert len(swatches) == 1
-
-    browser.screenshot(tmp_path / "page.png")
-    picture = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    colour = [int(value) for value in re.findall(r"\d+", swatches[0])[:3]]
-    boxes = browser.evaluate(
-        """[...document.querySelectorAll("scalar-card line-chart")].map((element) => {
-            const box = element.getBoundingClientRect();
-            return [box.left, box.top, box.right, box.bottom].map(Math.round);
-        })"""
-    )
-    assert len(boxes) == len(tags)
-    for tag, (left, top, right, bottom) in zip(tags, boxes):
-        inside = picture[top:bottom, left:right]
-        drawn = (np.abs(inside - colour).max(axis=2) < 60).any(axis=0).sum()
-        assert drawn > (right - left) / 2, f"no curve in the card of {tag}"
+def test_curves(ask):
+    tags = ask("scalars/tags")
+    assert list(tags) == [RUN] and sorted(tags[RUN]) == sorted(TAGS)
+    for tag in TAGS:
+        points = ask("scalars/scalars", run=RUN, tag=tag)
+        assert [point[1:] for point in points] == [[step, step / 2] for step in range(5)]
 
 
-def test_the_picture_is_shown(page):
-    browser, address = page
-    show(browser, address, "timeseries")
-    size = browser.wait_for(
-        """(() => {
-            const image = document.querySelector("image-card img");
-            return image && image.complete && [image.naturalWidth, image.naturalHeight];
-        })()"""
-    )
-    assert size == [88 + 10 * 90, 3 * (84 + 24) + 6]
-
-
-def test_curves_that_belong_together_share_a_chart(page):
-    browser, address = page
-    text = show(browser, address, "custom_scalars")
-    assert "loss: training, test" in text
-    assert "accuracy (%): clean and under PGD, test" in text
-    assert text.count("Matches (2)") >= 3
-    assert "Matches (3)" in text  # total, natural and weighted flatness of a step
-
-
-def test_the_command_is_shown(page):
-    browser, address = page
-    text = show(browser, address, "text")
-    assert "python MNIST_defense.py --dataset MNIST --epochs 4" in text
-    assert "epsilon" in text and "0.3" in text
+def test_picture_command_and_charts(ask):
+    assert ask("images/tags")[RUN]["Images/x_adv"]["samples"] == 1
+    card = json.dumps(ask("text/text", run=RUN, tag="Run/command/text_summary"))
+    assert "python MNIST_defense.py --dataset MNIST" in card and "epsilon" in card
+    layout = ask("custom_scalars/layout")
+    charts = {category["title"]: category["chart"] for category in layout["category"]}
+    assert set(charts) == set(LAYOUT)
+    for title, described in LAYOUT.items():
+        assert [chart["title"] for chart in charts[title]] == list(described)

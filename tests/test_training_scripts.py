@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,15 +24,18 @@ import cifar_defense
 import MNIST_defense
 from utils import training
 from utils.board import Board
-from utils.data import load_dataset, split_validation
+from utils.checkpoints import load_checkpoint, load_network, save_checkpoint
+from utils.data import split_validation
+from utils.datasets import load_dataset
 from utils.errors import run_script as finish
-from utils.options import parse_training
-from utils.runs import LOG_COLUMNS, load_checkpoint, load_network, read_log, save_checkpoint
+from utils.options import settle_training, training_parser
+from utils.run_folder import read_log
 
 SCRIPTS = {"MNIST_defense.py": MNIST_defense, "cifar_defense.py": cifar_defense}
 PUBLISHED_COLUMNS = (
     "Learning Rate|Train Loss|Valid Loss|Train Acc.|Valid Acc.|loss normal|loss gradient"
 ).split("|")
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def make_image_folder(folder, mode: str, size: int, classes: int, train: int, test: int):
@@ -39,7 +43,7 @@ def make_image_folder(folder, mode: str, size: int, classes: int, train: int, te
     random = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
         for label in range(classes):
-            place = folder / part / f"class{label}"
+            place = folder / part / (CIFAR10[label] if classes == 10 else f"class{label}")
             place.mkdir(parents=True)
             for i in range(count):
                 shape = (size, size) if mode == "L" else (size, size, 3)
@@ -124,7 +128,7 @@ def test_a_newcomer_s_command(run_script, tmp_path):
     assert list((folder / "scalars").glob("events.out.tfevents.*"))
 
     header, *rows = (folder / "log.txt").read_text().splitlines()
-    assert header.split("\t")[:7] == PUBLISHED_COLUMNS == list(LOG_COLUMNS)
+    assert header.split("\t")[:7] == PUBLISHED_COLUMNS
     log = read_log(folder / "log.txt")
     assert len(rows) == 2 and log["Learning Rate"] == [0.01, 0.01]
     assert all(math.isfinite(value) for name in PUBLISHED_COLUMNS for value in log[name])
@@ -153,7 +157,7 @@ def test_the_published_mnist_command(command, mnist_folder, tmp_path, monkeypatc
         data=mnist_folder,
     )
     assert code == 0, err
-    assert "--gpu_id 1 not used" in out and " 1/1 " in out
+    assert "--gpu_id 1 not used" in out and "epoch 1/1 " in out
     folder = tmp_path / "SavedModels" / "MNIST" / "lr_0.01_lambada_0.02_rs_1000"
     assert (folder / "model_best.pth.tar").is_file() and (folder / "log.txt").is_file()
 
@@ -216,27 +220,34 @@ def test_every_choice_runs(command, grey_folder, tmp_path, choice):
     assert (log["loss gradient"][-1] > 0) == measured
 
 
+def settled(words):
+    table = MNIST_defense.DEFAULTS
+    parser = training_parser(table, "")
+    return settle_training(parser, table, parser.given(words))
+
+
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
         ("", "folder/lr_0.01_lambada_0.02_rs_1000"),
         ("--defense igr --manualSeed 7", "folder/igr_lr_0.01_lambada_0.02_rs_7"),
         ("--defense at", "folder/at_lr_0.01_rs_1000"),
-        ("--defense trades", "folder/trades_lr_0.01_beta_6_rs_1000"),
+        ("--defense trades", "folder/trades_lr_0.01_beta_6.0_rs_1000"),
         ("--defense none --lr 0.1", "folder/none_lr_0.1_rs_1000"),
         ("--arch resnet", "folder/resnet_20_8/lr_0.01_lambada_0.02_rs_1000"),
         ("--dataset SVHN", "SVHN/wrn_16_8/lr_0.01_lambada_0.02_rs_1000"),
+        ("--lr 1", "folder/lr_1.0_lambada_0.02_rs_1000"),  # as the original writes it
         ("--checkpoint mine", None),
     ],
 )
 def test_run_folders_have_the_published_names(flags, name):
     words = f"--dataset folder --save_dir saved {flags}".split()
-    args = parse_training(MNIST_defense.DEFAULTS, words)
+    args = settled(words)
     assert str(training.run_path(args)) == (f"saved/{name}" if name else "mine")
 
 
 def test_svhn_builds_the_wrn_16_8():
-    args = parse_training(MNIST_defense.DEFAULTS, ["--dataset", "SVHN"])
+    args = settled(["--dataset", "SVHN"])
     assert (args.arch, args.depth, args.widen_factor) == ("wrn", 16, 8)
 
 
@@ -251,14 +262,14 @@ RESUMABLE = {
 
 def stopped_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal while it computes the given step."""
-    plain = Board.iteration
+    plain = Board.scalars
 
-    def iteration(self, now, values):
-        if now == step:
+    def scalars(self, now, values):
+        if now == step and "Loss_iter/Loss" in values:
             os.kill(os.getpid(), number)
         plain(self, now, values)
 
-    monkeypatch.setattr(Board, "iteration", iteration)
+    monkeypatch.setattr(Board, "scalars", scalars)
 
 
 def without_seconds(checkpoint) -> dict:
@@ -266,7 +277,8 @@ def without_seconds(checkpoint) -> dict:
         key: checkpoint[key]
         for key in ("epoch", "state_dict", "acc", "best_acc", "optimizer", "training", "measured")
     }
-    parts["training"]["progress"].pop("seconds")
+    for figures in (parts["training"]["progress"], parts["measured"]):
+        figures.pop("seconds", None)
     return parts
 
 
@@ -323,7 +335,7 @@ def test_resume_equals_the_straight_run(
         code, out, _ = command(flags, **places)
     (stopped,) = (path.parent for path in tmp_path.rglob("log.txt"))
     assert code == 128 + signal.SIGTERM
-    assert f"go on with the same flags and --resume {stopped / 'checkpoint.pth.tar'}" in out
+    assert f"the same command with --resume {stopped} resumes the run" in out
     code, out, err = command(f"{flags} --resume {stopped}", **places)
     assert code == 0, err
     assert "resumed from" in out and "other flags" not in out
@@ -345,7 +357,7 @@ def test_sigterm_from_outside(run_script, grey_folder, tmp_path, command, root):
     try:
         for line in process.stdout:
             printed.append(line)
-            if " 1/40 " in line:
+            if "epoch 1/40 " in line:
                 break
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -355,7 +367,7 @@ def test_sigterm_from_outside(run_script, grey_folder, tmp_path, command, root):
     assert process.returncode == 143, err
     assert "Traceback" not in err
     (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
-    assert f"--resume {checkpoint}" in out.splitlines()[-1]
+    assert f"--resume {checkpoint.parent}" in out.splitlines()[-1]
     done = load_checkpoint(checkpoint)["training"]["progress"]
     # The same command goes on from there; what remains is cut to the epoch that was running.
     more = flags.replace("--epochs 40", f"--epochs {done['epoch'] + 1}") + f" --resume {checkpoint}"
@@ -407,10 +419,8 @@ def test_evaluate_only(command, grey_folder, tmp_path, flags):
     flags = flags.replace(" --ema 0.5", "")
     code, out, err = command(f"{SHORT}{flags} -e --resume {checkpoint}", **places)
     assert code == 0, err
-    assert (
-        f"test: loss {log['Valid Loss'][0]:.4f}, clean accuracy {log['Valid Acc.'][0]:.2f} %" in out
-    )
-    assert f"robust accuracy {log['Test Robust Acc.'][0]:.2f} % (PGD-1, first 8)" in out
+    assert f"test % {log['Valid Acc.'][0]:.4g}  " in out
+    assert f"test PGD % {log['Test Robust Acc.'][0]:.4g}  (PGD-1, l_inf 0.3, first 8)" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -437,7 +447,7 @@ def test_the_original_s_checkpoint_is_a_start(command, mnist_folder, reference_d
     )
     places = {"data": mnist_folder, "save": tmp_path}
     code, out, err = command(flags + " -e", **places)
-    assert code == 0 and "clean accuracy" in out, err
+    assert code == 0 and "test % " in out, err
     epoch = load_checkpoint(path)["epoch"]
     code, out, err = command(f"{flags} --epochs {epoch + 1} --max_steps 1", **places)
     assert code == 0 and f"after epoch {epoch}" in out, err
@@ -454,8 +464,8 @@ def test_a_new_run_begins_with_a_finished_network(command, grey_folder, tmp_path
     flags = f"{SHORT} --lr 1e-30 --pretrained {first}"
     code, out, err = command(flags, data=grey_folder, save=tmp_path / "second")
     assert code == 0, err
-    assert f"beginning with the weights of {first / 'model_best.pth.tar'}" in out
-    assert "held out" not in out.split("beginning")[1].split("data:")[0]
+    assert f"starting from the weights of {first / 'model_best.pth.tar'}" in out
+    assert "held out" not in out.split("starting")[1].split("data:")[0]
     (second,) = (path.parent for path in (tmp_path / "second").rglob("log.txt"))
     found = load_checkpoint(second / "checkpoint.pth.tar")
     assert found["epoch"] == 1 and found["training"]["progress"]["step"] == 2
@@ -465,7 +475,7 @@ def test_a_new_run_begins_with_a_finished_network(command, grey_folder, tmp_path
     (first / "model_best.pth.tar").unlink()
     again = f"{flags} --epochs 2 --resume {second}"
     code, out, err = command(again, data=grey_folder, save=tmp_path / "second")
-    assert code == 0 and "beginning" not in out and "--pretrained" not in out, err
+    assert code == 0 and "starting" not in out and "--pretrained" not in out, err
 
 
 def test_a_beginning_that_has_seen_the_held_out_images_says_so(command, grey_folder, tmp_path):
@@ -505,6 +515,94 @@ def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):
     assert checkpoint.read_bytes() == before
 
 
+# -- what a checkpoint states -----------------------------------------------------------------
+
+
+def test_one_command_starts_and_resumes(command, grey_folder, tmp_path, monkeypatch):
+    """For schedulers that give the same command again; HUP and USR1 stop a run as TERM does."""
+    flags = f"{SHORT} --epochs 2 --max_steps 0 --nlabel 32 --resume auto"
+    places = {"data": grey_folder, "save": tmp_path}
+    for step, number in ((1, signal.SIGUSR1), (3, signal.SIGHUP)):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, step, number)
+            code, out, err = command(flags, **places)
+        assert code == 128 + number, err
+        assert ("resumed from" in out) == (step == 3)
+    code, out, err = command(flags, **places)
+    assert code == 0 and "resumed from" in out, err
+    code, out, _ = command(flags, **places)
+    assert code == 0 and "nothing to do" in out
+
+
+def test_a_resumed_run_takes_its_flags_and_its_folder_from_the_checkpoint(
+    command, grey_folder, tmp_path, monkeypatch
+):
+    flags = f"{SHORT} --norm l_2 --lr 0.02{RESNET} --activation silu"
+    code, _, err = command(flags, data=grey_folder, save=tmp_path / "first")
+    assert code == 0, err
+    (folder,) = (path.parent for path in tmp_path.rglob("log.txt"))
+    monkeypatch.chdir(tmp_path)
+    line = f"MNIST_defense.py --data_dir {grey_folder} --resume {folder} --epochs 2 --threads 1"
+    code, out, err = command(line)
+    assert code == 0, err
+    assert "other flags: --epochs 1 is now 2\n" in out and f"run folder: {folder}\n" in out
+    state = load_checkpoint(folder / "checkpoint.pth.tar")
+    assert (state["epoch"], state["args"]["norm"], state["args"]["epsilon"]) == (2, "l_2", 1.5)
+    assert state["arch"]["activation"] == "silu"
+    # Evaluated by what it states; a flag that contradicts it is refused.
+    code, out, err = command(f"MNIST_defense.py --data_dir {grey_folder} -e --resume {folder}")
+    assert code == 0 and "(PGD-1, l_2 1.5, first 8)" in out, err
+    code, _, err = command(f"{line} --activation relu")
+    assert code == 2 and "silu" in err and "relu" in err and err.count("\n") == 1
+    # So is the network that a new run begins with.
+    code, out, err = command(f"{SHORT} --pretrained {folder}", data=grey_folder, save=tmp_path)
+    assert code == 0, err
+    (second,) = (path for path in tmp_path.rglob("checkpoint.pth.tar") if path.parent != folder)
+    assert load_checkpoint(second)["arch"]["activation"] == "silu"
+
+
+def test_data_that_the_checkpoint_does_not_state_are_refused(command, grey_folder, tmp_path):
+    """Renamed classes shift the labels of all others."""
+    assert command(SHORT, data=grey_folder, save=tmp_path / "run")[0] == 0
+    (folder,) = (path.parent for path in (tmp_path / "run").rglob("log.txt"))
+    shutil.copytree(grey_folder, tmp_path / "renamed")
+    for part in ("train", "test"):
+        (tmp_path / "renamed" / part / "class0").rename(tmp_path / "renamed" / part / "klass")
+    line = f"MNIST_defense.py --data_dir {tmp_path / 'renamed'} --resume {folder}"
+    for more in ("-e", "--epochs 2"):
+        code, _, err = command(f"{line} {more}")
+        assert code == 2 and err.count("\n") == 1, err
+        assert "class0" in err and "--force" in err
+        code, _, err = command(f"{line} {more} --force --threads 1")
+        assert code == 0, err
+    code, _, err = command(f"MNIST_defense.py --dataset digits -e --resume {folder}")
+    assert code == 2 and "digits" in err, err
+
+
+def test_another_number_of_classes_gets_a_new_head(command, grey_folder, tmp_path):
+    assert command(SHORT, data=grey_folder, save=tmp_path / "run")[0] == 0
+    (folder,) = (path.parent for path in (tmp_path / "run").rglob("log.txt"))
+    make_image_folder(tmp_path / "four", "L", 16, 4, 16, 4)
+    line = f"{SHORT} --pretrained {folder}"
+    code, out, err = command(line, data=tmp_path / "four", save=tmp_path / "second")
+    assert code == 0, err
+    assert "another number of classes; classifier.fc3.weight, classifier.fc3.bias start anew" in out
+
+
+@pytest.mark.parametrize("defense", ["none", "igr"])
+def test_the_best_epoch_is_a_trained_one(command, tmp_path, defense):
+    """A network that has learned nothing yet is robust where it is right by chance."""
+    line = "MNIST_defense.py --dataset digits --nlabel 600 --epochs 5 --train_batch 32 --lr 0.02"
+    line += " --probe_size 60 --probe_steps 5 --threads 1 --image_interval 0"
+    code, _, err = command(f"{line} --defense {defense} --save_dir {tmp_path}")
+    assert code == 0, err
+    (log,) = tmp_path.rglob("log.txt")
+    robust = read_log(log)["Held-out Robust Acc."]
+    best = load_checkpoint(log.with_name("model_best.pth.tar"))
+    assert best["measured"]["held_out_accuracy"] > 35
+    assert best["measured"]["held_out_robust"] < max(robust)  # by which it would not be chosen
+
+
 # -- mistakes -------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -512,11 +610,12 @@ MISTAKES = {
     "zero batch size": ("--train_batch 0", "--train_batch: got '0'"),
     "unknown dataset": ("--dataset cifar11", "--dataset"),
     "unknown norm": ("--norm l_1", "allowed is l_inf, l_2"),
-    "unknown defense": ("--defense lfrr", "did you mean lfr?"),
+    "unknown defense": ("--defense lfrr", "allowed is lfr, igr"),
     "lambada nan": ("--lambada nan", "--lambada: got 'nan'"),
     "schedule beyond the epochs": ("--schedule 5 --epochs 3", "goes beyond --epochs 3"),
     "unknown flag": ("--lamdaba 1", "did you mean --lambda"),
-    "depth": ("--arch resnet --depth 21", "--depth 21 does not suit resnet"),
+    "depth of a wrn": ("--arch wrn --depth 20", "depth is 20, a wide ResNet needs 6n+4"),
+    "depth": ("--arch resnet --depth 21", "depth is 21, BasicBlock needs 6n+2"),
     "missing checkpoint": ("--resume {tmp}/none.pth.tar", "none.pth.tar"),
     "text as checkpoint": ("--resume {tmp}/text.pth.tar", "text.pth.tar"),
     "truncated checkpoint": ("--resume {tmp}/cut.pth.tar", "cut.pth.tar"),
@@ -526,7 +625,7 @@ MISTAKES = {
     "another depth": ("--arch resnet --depth 14 --resume {tmp}/resnet.pth.tar", "resnet.pth.tar"),
     "senseless training state": ("--resume {tmp}/odd.pth.tar", "odd.pth.tar"),
     "senseless progress": ("--resume {tmp}/odd2.pth.tar", "odd2.pth.tar"),
-    "senseless flags": ("--resume {tmp}/odd4.pth.tar", "'args' is"),
+    "senseless flags": ("--resume {tmp}/odd4.pth.tar", "--epsilon: got '-3'"),
     "average of another shape": ("--ema 0.9 --resume {tmp}/odd3.pth.tar", "odd3.pth.tar"),
     "pretrained, another architecture": (
         "--arch resnet --depth 8 --pretrained {tmp}/good.pth.tar",
@@ -560,7 +659,7 @@ def mistakes(tmp_path_factory):
     good = {"epoch": 0, "state_dict": network.state_dict(), "optimizer": optimizer}
     save_checkpoint(tmp / "good.pth.tar", {**good, "arch": network.arch})
     save_checkpoint(tmp / "odd.pth.tar", {**good, "training": 5})
-    save_checkpoint(tmp / "odd4.pth.tar", {**good, "args": ["epsilon"]})
+    save_checkpoint(tmp / "odd4.pth.tar", {**good, "args": {"epsilon": -3}})
     progress = {"epoch": 0, "batch": "x", "colour": 3}
     save_checkpoint(
         tmp / "odd2.pth.tar", {**good, "training": {"progress": progress, "weights": None}}

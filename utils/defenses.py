@@ -1,6 +1,6 @@
 """LFR and the defenses it is compared with, as losses of one batch with one signature.
 
-All searches run on :func:`utils.ball.ascend`. The comparisons are deliberately plain:
+All searches run on :func:`utils.lfr.ascend`. The comparisons are deliberately plain:
 
 - ``igr``: input-gradient regularisation, LFR measured at the image itself (0 steps); Ross &
   Doshi-Velez, AAAI 2018, with the dual norm.
@@ -9,18 +9,17 @@ All searches run on :func:`utils.ball.ascend`. The comparisons are deliberately 
 - ``none``: cross-entropy.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.ball import Ball, ascend
-from utils.batch_norm import mode
-from utils.lfr import LFRTerms, first_point, full_precision, input_gradient, lfr_loss
-from utils.second_order import Kernels
+from utils.lfr import Ball, LossTerms, ascend, initial_point, input_gradient, lfr_loss
+from utils.lfr.accel import Accelerated
+from utils.lfr.batch_norm import mode
+from utils.lfr.loss import full_precision
 
 DEFENSES = ("lfr", "igr", "at", "trades", "none")
 
@@ -45,6 +44,11 @@ class Defense:
         if self.name not in DEFENSES:
             raise ValueError(f"defense is {self.name!r}, allowed are {', '.join(DEFENSES)}")
 
+    def ascend(self, x: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+        """:func:`utils.lfr.ascend` with these settings."""
+        steps = {"step_size": self.step_size, "num_steps": self.num_steps}
+        return ascend(x, gradient, self.ball, start=start, **steps)
+
 
 class DefenseLoss(nn.Module):
     """A network with its training loss: what DistributedDataParallel wraps.
@@ -57,81 +61,55 @@ class DefenseLoss(nn.Module):
         super().__init__()
         self.network, self.defense = network, defense
 
-    def forward(self, x: Tensor, y: Tensor, noise: Tensor, lambada: float) -> LFRTerms:
+    def forward(self, x: Tensor, y: Tensor, noise: Tensor, lambada: float) -> LossTerms:
         """The loss and its parts for one batch.
 
         Args:
             x: images [N, C, H, W] in [0, 1].
             y: labels [N].
             noise: standard normal numbers, [N, C, H, W], for the start of the search.
-            lambada: the flatness's weight at this moment.
+            lambada: the weight of the flatness at this moment.
         """
         d, network = self.defense, self.network
         if d.name in ("lfr", "igr"):
-            return lfr_loss(
-                network,
-                x,
-                y,
-                d.ball,
-                step_size=d.step_size,
-                num_steps=0 if d.name == "igr" else d.num_steps,
-                lambada=lambada,
-                search=d.search,
-                bn_mode=d.bn_mode,
-                start=first_point(x, d.ball, d.search, noise),
-            )
+            start = initial_point(x, d.ball, d.search, noise)
+            steps = {"step_size": d.step_size, "num_steps": d.num_steps if d.name == "lfr" else 0}
+            options = {"search": d.search, "bn_mode": d.bn_mode, "start": start, **steps}
+            return lfr_loss(network, x, y, d.ball, lambada=lambada, **options)
+        x_adv = x
         if d.name == "at":
             uniform = torch.erf(noise / 2**0.5)  # in [-1, 1]
-            moved = adversary(network, x, y, d, d.ball.project(x + d.ball.epsilon * uniform, x))
-            logits = network(moved)
-            loss = F.cross_entropy(full_precision(logits), y)
-            return LFRTerms(loss, loss.detach(), torch.zeros_like(loss), logits.detach(), moved)
-        logits = network(x)
-        natural_loss = F.cross_entropy(full_precision(logits), y)
-        if d.name == "none":
-            zero = torch.zeros_like(natural_loss)
-            return LFRTerms(natural_loss, natural_loss.detach(), zero, logits.detach(), x)
-        moved = divergent(network, x, d, first_point(x, d.ball, "paper", noise))
-        log_p = full_precision(logits).log_softmax(1)
-        log_q = full_precision(network(moved)).log_softmax(1)
-        divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        total = natural_loss + d.beta * divergence
-        return LFRTerms(total, natural_loss.detach(), divergence.detach(), logits.detach(), moved)
+            x_adv = pgd_point(network, x, y, d, d.ball.project(x + d.ball.epsilon * uniform, x))
+        logits = full_precision(network(x_adv))
+        natural = F.cross_entropy(logits, y)
+        if d.name != "trades":
+            return LossTerms(natural, natural, torch.zeros_like(natural), logits.detach(), x_adv)
+        x_adv = divergent_point(network, x, d, initial_point(x, d.ball, "paper", noise))
+        divergence = _divergence(network(x_adv), logits, "batchmean")
+        return LossTerms(natural + d.beta * divergence, natural, divergence, logits.detach(), x_adv)
 
 
-def adversary(network: nn.Module, x: Tensor, y: Tensor, defense: Defense, start: Tensor) -> Tensor:
-    """The point PGD finds from ``start``, network in eval mode. [N, C, H, W]."""
-    with mode(network, training=False):
-        kernels = Kernels(frozen=True)
-        return ascend(
-            x,
-            lambda moved: input_gradient(network, moved, y, kernels),
-            defense.ball,
-            step_size=defense.step_size,
-            num_steps=defense.num_steps,
-            start=start,
-        )
+def pgd_point(network: nn.Module, x: Tensor, y: Tensor, defense: Defense, start: Tensor) -> Tensor:
+    """The point that PGD finds from ``start``, network in eval mode. [N, C, H, W]."""
+    with mode(network, training=False), Accelerated(frozen=True):
+        return defense.ascend(x, lambda x_adv: input_gradient(network, x_adv, y), start)
 
 
-def divergent(network: nn.Module, x: Tensor, defense: Defense, start: Tensor) -> Tensor:
+def divergent_point(network: nn.Module, x: Tensor, defense: Defense, start: Tensor) -> Tensor:
     """The point of the ball whose prediction differs most (KL) from that at x. [N, C, H, W]."""
-    with mode(network, training=False):
+    with mode(network, training=False), Accelerated(frozen=True):
         with torch.no_grad():
-            log_p = full_precision(network(x)).log_softmax(1)
+            clean = network(x)
 
-        def gradient(moved: Tensor) -> Tensor:
-            moved = moved.detach().requires_grad_()
-            kernels = Kernels(frozen=True)
-            with torch.enable_grad(), kernels:
-                log_q = full_precision(network(moved)).log_softmax(1)
-                divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            return torch.autograd.grad(divergence, moved)[0]
+        def gradient(x_adv: Tensor) -> Tensor:
+            x_adv = x_adv.detach().requires_grad_()
+            with torch.enable_grad():
+                return torch.autograd.grad(_divergence(network(x_adv), clean, "sum"), x_adv)[0]
 
-        return ascend(
-            x,
-            gradient,
-            defense.ball,
-            step_size=defense.step_size,
-            num_steps=defense.num_steps,
-            start=start,
-        )
+        return defense.ascend(x, gradient, start)
+
+
+def _divergence(logits: Tensor, clean_logits: Tensor, reduction: str) -> Tensor:
+    """KL(clean || perturbed) of two batches of logits."""
+    log_q, log_p = (full_precision(z).log_softmax(1) for z in (logits, clean_logits))
+    return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)

@@ -1,7 +1,6 @@
 """The loops: one epoch of training, and what is measured after it."""
 
-from __future__ import annotations
-
+import argparse
 import math
 import time
 from collections.abc import Callable
@@ -10,37 +9,28 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from utils.attacks import pgd
-from utils.ball import Ball
-from utils.batch_norm import has_batch_norm, mode, normalization
 from utils.data import Batches, ImageSet
+from utils.defenses import Defense, pgd_point
 from utils.errors import UserError
-from utils.lfr import LFRTerms, flatness
-from utils.runtime import World
-from utils.second_order import Kernels
+from utils.lfr import Ball, LossTerms, flatness
+from utils.lfr.batch_norm import has_batch_norm, mode, normalization
+from utils.progress import Bar
+from utils.runtime import Processes
+
+LR_SCHEDULES = ("step", "cosine", "onecycle", "constant")
 
 
 @dataclass
 class Progress:
-    """How far a run is; saved in every checkpoint, so that a resumed run counts on from there.
+    """How far a run is; saved in every checkpoint, so that a resumed run counts on from there."""
 
-    Attributes:
-        epoch: epochs completed.
-        batch: batches completed of the epoch that is running.
-        step: training steps over all epochs.
-        seconds: time spent in the running epoch by earlier processes.
-        sums: of the running epoch's figures, weighted by samples.
-        best: robust accuracy (percent) of the best epoch so far.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    best: float = -1.0
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches completed of the epoch that is running
+    step: int = 0  # training steps over all epochs
+    seconds: float = 0.0  # spent in the running epoch
+    sums: dict[str, float] = field(default_factory=dict)  # its figures so far, times samples
+    best: float = -1.0  # score of the best epoch: mean of clean and robust accuracy, percent
 
 
 class Interrupted(Exception):
@@ -48,11 +38,11 @@ class Interrupted(Exception):
 
 
 def train_one_epoch(
-    loss_of: Callable[[Tensor, Tensor, Tensor, float], LFRTerms],
+    loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms],
     batches: Batches,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    world: World,
+    processes: Processes,
     *,
     rate: Callable[[float], float],
     lambada: Callable[[float], float],
@@ -64,7 +54,6 @@ def train_one_epoch(
 
     Args:
         loss_of: (images, labels, noise, lambada) -> the terms of the loss.
-        batches: the training set, set to this epoch.
         progress: counted on in place.
         rate, lambada: learning rate and lambada as functions of the time in epochs.
         max_batches: number of batches that make an epoch.
@@ -72,20 +61,19 @@ def train_one_epoch(
         after_step: called after each step with its figures; the place for logs and checkpoints.
 
     Returns:
-        Means over the epoch: ``loss``, ``natural_loss``, ``flatness`` (loss per unit of pixel
+        Means over the epoch: ``loss``, ``natural``, ``penalty`` (loss per unit of pixel
         intensity), ``accuracy`` (percent, of the batches as trained on); and ``seconds``.
 
     Raises:
         UserError: a loss that is not finite. The weights are those before that step.
     """
     started = time.monotonic() - progress.seconds
-    bar = tqdm(
+    bar = Bar(
         batches.iterate(progress.batch),
         desc=f"epoch {progress.epoch + 1}",
         initial=progress.batch,
         total=max_batches,
-        disable=None if world.is_main else True,
-        leave=False,
+        shown=processes.is_main,
     )
     with bar:
         for x, y, _ in bar:
@@ -100,37 +88,31 @@ def train_one_epoch(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
                 terms = loss_of(x, y, noise, lambada(when))
-            values = _figures(terms, y, world)
+            values = _figures(terms, y, processes)
             if not math.isfinite(values["loss"]):
                 raise UserError(
                     f"the loss is {values['loss']} in step {progress.batch + 1} of epoch "
-                    f"{progress.epoch + 1} (natural loss {values['natural_loss']:g}, flatness "
-                    f"{values['flatness']:g}); try a lower --lr or --lambada, or a --warmup"
+                    f"{progress.epoch + 1} (natural loss {values['natural']:g}, penalty "
+                    f"{values['penalty']:g}); try a lower --lr or --lambada, or a --warmup"
                 )
             # The processes' gradients are averaged, but their shares of a batch may differ by one.
-            share = len(y) * world.size / batches.global_size(progress.batch)
+            share = len(y) * processes.size / batches.global_size(progress.batch)
             (terms.total * share).backward()
             optimizer.step()
             progress.batch += 1
             progress.step += 1
             progress.seconds = time.monotonic() - started
-            samples = values.pop("samples")
-            sums = progress.sums
-            for name, value in values.items():
+            samples, sums = values.pop("samples"), progress.sums
+            for name, value in {**values, "samples": 1.0}.items():
                 sums[name] = sums.get(name, 0.0) + value * samples
-            sums["samples"] = sums.get("samples", 0.0) + samples
-            bar.set_postfix(
-                loss=f"{values['loss']:.3f}",
-                flat=f"{values['flatness']:.3f}",
-                acc=f"{values['accuracy']:.1f}%",
-            )
+            shown = {"loss": "loss", "penalty": "penalty", "acc %": "accuracy"}
+            bar.set_postfix({key: f"{values[name]:.3f}" for key, name in shown.items()}, False)
             after_step(values)
     samples = progress.sums.pop("samples")
     means = {name: total / samples for name, total in progress.sums.items()}
-    means["seconds"] = progress.seconds
-    progress.epoch += 1
+    seconds, progress.epoch = progress.seconds, progress.epoch + 1
     progress.batch, progress.seconds, progress.sums = 0, 0.0, {}
-    return means
+    return {**means, "seconds": seconds}
 
 
 def _noise(batches: Batches, batch: int, x: Tensor) -> Tensor:
@@ -142,18 +124,13 @@ def _noise(batches: Batches, batch: int, x: Tensor) -> Tensor:
     return noise.to(x.device).contiguous(memory_format=torch.channels_last)
 
 
-def _figures(terms: LFRTerms, y: Tensor, world: World) -> dict[str, float]:
+def _figures(terms: LossTerms, y: Tensor, processes: Processes) -> dict[str, float]:
     """The step's figures over all processes; accuracy in percent."""
-    correct = (terms.logits.argmax(1) == y).sum()
-    parts = torch.stack(
-        [terms.total.detach(), terms.natural_loss.detach(), terms.flatness.detach()]
-    ).double()
-    loss, natural_loss, flat = parts.tolist()
-    n = len(y)
-    sums = world.sum(loss * n, natural_loss * n, flat * n, float(correct), n)
-    names = ("loss", "natural_loss", "flatness", "accuracy")
-    values = {name: total / sums[-1] for name, total in zip(names, sums)}
-    return {**values, "accuracy": 100 * values["accuracy"], "samples": sums[-1]}
+    correct = (terms.logits.argmax(1) == y).sum().to(terms.total.dtype)
+    parts = torch.stack([terms.total, terms.natural, terms.penalty, correct]).detach().tolist()
+    sums = processes.sum(*(part * len(y) for part in parts[:3]), 100 * parts[3], len(y))
+    names = ("loss", "natural", "penalty", "accuracy")
+    return {**{name: total / sums[-1] for name, total in zip(names, sums)}, "samples": sums[-1]}
 
 
 @torch.no_grad()
@@ -161,7 +138,7 @@ def evaluate(network: nn.Module, data: ImageSet, batch_size: int) -> dict[str, f
     """Mean cross-entropy and accuracy (percent) in eval mode: ``{"loss", "accuracy"}``."""
     loss, correct = 0.0, 0
     with mode(network, training=False):
-        for x, y, _ in Batches(data, batch_size, shuffle=False, min_batch=1):
+        for x, y, _ in Batches(data, batch_size, shuffle=False):
             logits = network(x)
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             correct += int((logits.argmax(1) == y).sum())
@@ -174,15 +151,18 @@ def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_
     Cheap and repeatable, for comparing epochs; the evaluation scripts have the real attacks. The
     steps are 2.5 * epsilon / num_steps long, so that the ball's edge is within reach.
     """
+    attack = Defense("at", ball, 2.5 * ball.epsilon / num_steps, num_steps)
     robust = 0
-    step_size = 2.5 * ball.epsilon / max(1, num_steps)
-    for x, y, _ in Batches(data, batch_size, shuffle=False, min_batch=1):
-        options = {"step_size": step_size, "num_steps": num_steps, "random_start": False}
-        robust += int(pgd(network, x, y, ball, **options).robust.sum())
+    with mode(network, training=False):
+        for x, y, _ in Batches(data, batch_size, shuffle=False):
+            x_adv = pgd_point(network, x, y, attack, start=x)
+            with torch.no_grad():
+                right = (network(points).argmax(1) == y for points in (x, x_adv))
+                robust += int((next(right) & next(right)).sum())
     return 100 * robust / len(data)
 
 
-def mode_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> dict[str, float]:
+def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> dict[str, float]:
     """The network by running statistics and by batch statistics, side by side.
 
     Returns:
@@ -190,18 +170,39 @@ def mode_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) ->
         (mean gradient norm at the images). Equal without BatchNorm, where one measure is both.
     """
     found: dict[str, float] = {}
-    for name, on_batch in (("eval", False), ("batch", True)):
-        if on_batch and not has_batch_norm(network):
-            found["accuracy_batch"] = found["accuracy_eval"]
-            found["flatness_batch"] = found["flatness_eval"]
-            break
-        correct, steepness = 0, 0.0
+    kinds = {"eval": False, "batch": True} if has_batch_norm(network) else {"eval": False}
+    for name, on_batch in kinds.items():
+        correct, norms = 0, 0.0
         with mode(network, training=False), normalization(network, batch_statistics=on_batch):
             for x, y, _ in Batches(data, batch_size, shuffle=False):
                 with torch.no_grad():
                     correct += int((network(x).argmax(1) == y).sum())
-                norms = flatness(network, x, y, ball, Kernels(frozen=True)).detach()
-                steepness += float(norms.sum())
+                norms += float(flatness(network, x, y, ball).detach().sum())
         found[f"accuracy_{name}"] = 100 * correct / len(data)
-        found[f"flatness_{name}"] = steepness / len(data)
+        found[f"flatness_{name}"] = norms / len(data)
+    for name in ("accuracy", "flatness"):
+        found.setdefault(f"{name}_batch", found[f"{name}_eval"])
     return found
+
+
+def learning_rate(args: argparse.Namespace) -> Callable[[float], float]:
+    """The learning rate as a function of the time in epochs, which has no state to resume."""
+    total, peak = args.epochs, args.lr
+
+    def onecycle(when: float) -> float:
+        rise = 0.3 * total
+        if when < rise:
+            return peak * (0.04 + 0.96 * when / rise)
+        return peak * max(0.002, (total - when) / (total - rise))
+
+    return {
+        "step": lambda when: peak * args.gamma ** sum(when >= epoch for epoch in args.schedule),
+        "cosine": lambda when: peak * 0.5 * (1 + math.cos(math.pi * min(1.0, when / total))),
+        "onecycle": onecycle,
+        "constant": lambda when: peak,
+    }[args.lr_schedule]
+
+
+def flatness_weight(args: argparse.Namespace) -> Callable[[float], float]:
+    """Lambada as a function of the time in epochs: linear from 0 during the warm-up."""
+    return lambda when: args.lambada * (min(1.0, when / args.warmup) if args.warmup else 1.0)

@@ -1,7 +1,5 @@
 """What a run runs on: device, processes, seeds, versions, and the signals that stop it."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among those of a run: one, unless ``torchrun`` started several."""
+class Processes:
+    """This process among those of a run: the only one, unless ``torchrun`` started several."""
 
     device: torch.device
     rank: int = 0
@@ -34,7 +33,7 @@ class World:
         """The process that prints and writes."""
         return self.rank == 0
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.is_main:
             print(line, flush=True)
@@ -43,9 +42,7 @@ class World:
         """The sums of ``values`` over all processes."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.device.type == "cuda":
-            total = total.to(self.device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -66,26 +63,19 @@ def pick_device(gpu_id: str, local_rank: int = 0) -> tuple[torch.device, str]:
     ids = [int(part) for part in gpu_id.split(",")]
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        for chosen in ids:
-            if chosen >= count:
-                allowed = "0" if count == 1 else f"0 to {count - 1}"
-                raise UserError(
-                    f"--gpu_id {gpu_id}: there is no GPU {chosen}, allowed is {allowed}"
-                )
+        for missing in (chosen for chosen in ids if chosen >= count):
+            allowed = "0" if count == 1 else f"0 to {count - 1}"
+            raise UserError(f"--gpu_id {gpu_id}: there is no GPU {missing}, allowed is {allowed}")
         chosen = ids[local_rank % len(ids)]
         torch.cuda.set_device(chosen)
         return torch.device("cuda", chosen), f"device: cuda:{chosen}"
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), f"device: mps (no CUDA here, --gpu_id {gpu_id} not used)"
-    threads = torch.get_num_threads()
-    return (
-        torch.device("cpu"),
-        f"device: cpu, {threads} threads (no CUDA here, --gpu_id {gpu_id} not used)",
-    )
+    kind = "mps" if torch.backends.mps.is_available() else "cpu"
+    threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
+    return torch.device(kind), f"device: {kind}{threads} (no CUDA here, --gpu_id {gpu_id} not used)"
 
 
 @contextmanager
-def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
+def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
     """Set up device and process group for the duration of a run.
 
     Args:
@@ -96,7 +86,6 @@ def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
         UserError: no such GPU; several GPUs named but one process started.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if threads:
         torch.set_num_threads(threads)
     count = len(gpu_id.split(","))
@@ -105,19 +94,17 @@ def world(gpu_id: str, threads: int = 0) -> Iterator[World]:
             f"--gpu_id {gpu_id} names {count} GPUs, one process drives one; start "
             f"torchrun --nproc_per_node={count} {sys.argv[0]} ... with the same flags"
         )
-    device, line = pick_device(gpu_id, local_rank)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    device, line = pick_device(gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     _keep_freed_memory()
     # oneDNN and MKL are slow on denormal numbers, which vanishing gradients produce in masses.
     torch.set_flush_denormal(True)
-    here = World(device, rank, size)
-    here.say(line + (f", {size} processes" if size > 1 else ""))
+    run = Processes(device, rank, size)
+    run.log(line + (f", {size} processes" if size > 1 else ""))
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield here
+        yield run
     finally:
         torch.set_flush_denormal(False)
         if size > 1:
@@ -130,13 +117,10 @@ def _keep_freed_memory() -> None:
     It returns blocks of a few megabytes to the system at once, and the system clears every page
     again when the next batch asks for them: a quarter of the time of a forward pass on MNIST.
     """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    if platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:
@@ -148,32 +132,31 @@ def seed_everything(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on besides its arguments."""
-    found = {
+    return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": metadata.version("torchvision"),  # importing it takes seconds
-        "numpy": np.__version__,
+        **{name: metadata.version(name) for name in ("torchvision", "numpy")},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 class StopSignal:
-    """SIGINT and SIGTERM as a flag that a loop reads between two steps.
+    """Ctrl-C and what schedulers send, as a flag that a loop reads between two steps.
 
     A second signal of the same kind stops at once.
     """
 
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # not all on Windows
+
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def __enter__(self) -> "StopSignal":
+        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
             self._before[number] = signal.signal(number, self._note)
         return self
 

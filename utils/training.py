@@ -1,6 +1,4 @@
-"""A training run from its flags to its run folder; both training scripts call :func:`train`."""
-
-from __future__ import annotations
+"""A training run from its command line to its run folder; both training scripts call `train`."""
 
 import argparse
 import math
@@ -8,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
@@ -21,392 +19,332 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from models import build_model
-from utils.ball import Ball
-from utils.batch_norm import has_batch_norm, mode
+from utils import checkpoints, engine
 from utils.board import Board
-from utils.data import Batches, ImageSet, load_dataset, split_validation
+from utils.data import Batches, split_validation
+from utils.datasets import augmentation, load_dataset
 from utils.defenses import Defense, DefenseLoss
-from utils.engine import Interrupted, Progress, evaluate, mode_gap, probe, train_one_epoch
+from utils.engine import Interrupted, Progress
 from utils.errors import UserError
-from utils.lfr import sharpest_point
-from utils.runs import (
-    BEST,
-    CHECKPOINT,
-    RunFolder,
-    load_checkpoint,
-    restore_fields,
-    restore_network,
-    restore_optimizer,
+from utils.lfr import Ball, inner_maximization
+from utils.lfr.batch_norm import has_batch_norm, mode
+from utils.options import Parser, doubtful_steps, settle_training, training_parser
+from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder
+from utils.runtime import Processes, StopSignal, processes, seed_everything, versions
+
+MODES = ("eval", "batch")  # BatchNorm by its running statistics, and by those of the batch
+# What is known after an epoch: its name here, its column in log.txt ("Valid" is the test set, as in
+# the original), its tag in TensorBoard, and the word for it in the line that is printed.
+FIGURES = (
+    ("rate", "Learning Rate", "Schedule/learning_rate", "rate"),
+    ("loss", "Train Loss", "Loss_epoch/train_loss", "loss"),
+    ("test_loss", "Valid Loss", "Loss_epoch/test_loss", ""),
+    ("accuracy", "Train Acc.", "Acc_epoch/train_Acc", "train %"),
+    ("test_accuracy", "Valid Acc.", "Acc_epoch/test_acc", "test %"),
+    ("natural", "loss normal", "Loss_epoch/loss_normal", "natural"),
+    ("penalty", "loss gradient", "Loss_epoch/loss_grad", "penalty"),
+    ("held_out_accuracy", "Held-out Acc.", "Acc_epoch/held_out_acc", "held-out %"),
+    ("held_out_robust", "Held-out Robust Acc.", "Robust/held_out_pgd", "held-out PGD %"),
+    ("test_robust", "Test Robust Acc.", "Robust/test_pgd", "test PGD %"),
+    ("gap", "BN Gap", "BN_gap/gap", ""),
+    *((f"{w}_{m}", "", f"BN_gap/{w}_{m}", "") for w in ("accuracy", "flatness") for m in MODES),
+    ("lambada", "", "Schedule/lambada", ""),
+    ("seconds", "Seconds", "Time/seconds_per_epoch", "seconds"),
 )
-from utils.runtime import StopSignal, World, seed_everything, versions, world
+COLUMNS = tuple(column for _, column, _, _ in FIGURES if column)
 
-EXTRA_COLUMNS = (
-    "Val Acc.",
-    "Val Robust Acc.",
-    "Test Robust Acc.",
-    "Mode Gap",
-    "Seconds",
-)
-
-# The two modes of BatchNorm have parted when they disagree by this many percent points.
-PARTED = 20.0
-
-# The sharpest point of a ball is at least as sharp as its centre. Where the penalty is this many
+# BatchNorm has made two networks when its two kinds of statistics disagree by more percent points.
+BN_GAP_LIMIT = 20.0
+# The penalty is measured at points that are at least as steep as the images. Where it is so many
 # times less than the gradient norm at held-out images, the search no longer finds what is there.
-HIDDEN = 3.0
+PENALTY_LIMIT = 3.0
 
-# Flags that may differ in a resumed run without a word: they say where things are.
-ELSEWHERE = {
-    "resume",
-    "pretrained",
-    "overwrite",
-    "gpu_id",
-    "threads",
-    "data_dir",
-    "save_dir",
-    "checkpoint",
-}
+# Flags of one command only: a resumed run does not take them from its checkpoint.
+OF_THE_COMMAND = set(
+    "resume pretrained overwrite force evaluate dry_run gpu_id threads data_dir save_dir "
+    "checkpoint".split()
+)
+# What decides which training images are held out, and what the score of an epoch depends on.
+SPLIT = {"val_size", "nlabel", "manualSeed"}
+MEASURE = {"norm", "probe_epsilon", "probe_steps", "probe_size", *SPLIT}
+# Flags that describe a network, by their names in a checkpoint's 'arch'.
+ARCH = {name: name for name in "depth block_name widen_factor drop activation norm_layer".split()}
+ARCH["name"] = "arch"
 
-# What decides which training images are held out.
-SPLIT = ("val_size", "nlabel", "manualSeed")
-
-# What the score of an epoch depends on; those before and after another choice do not compare.
-MEASURE = ("norm", "probe_epsilon", "probe_steps", "probe_size", *SPLIT)
-
-# Weight of the clean accuracy in the choice of the best epoch: it decides between equals only.
-TIE_BREAK = 1e-6
-
-# Batches from which an averaged network gets the running statistics of its BatchNorm.
-STATISTICS_BATCHES = 20
+STATISTICS_BATCHES = 20  # from which an averaged network gets its BatchNorm statistics
 
 
-def learning_rate(args: argparse.Namespace) -> Callable[[float], float]:
-    """The learning rate as a function of the time in epochs.
+def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None = None) -> int:
+    """Train as the command line (default ``sys.argv[1:]``) says; returns the exit code.
 
-    A function of time has no state, so there is nothing to save, to resume wrongly, or to log
-    differently from what was used.
+    Args:
+        table: what the script does when a flag is not given.
+        description: the script's, for ``--help``.
+
+    Raises:
+        UserError: anything the user can mend.
     """
-    total, peak = args.epochs, args.lr
+    parser = training_parser(table, description)
+    typed = parser.given(sys.argv[1:] if argv is None else argv)
+    found = None
+    try:
+        args = settle_training(parser, table, typed)
+        if args.resume == "auto":
+            path = run_path(args) / CHECKPOINT
+            args.resume = path if path.exists() else None
+        if args.resume is not None:
+            path = checkpoints.find_checkpoint(args.resume, CHECKPOINT)
+            found = checkpoints.load_checkpoint(path)
+            args = settle_training(parser, table, {**_stated(parser, found), **typed})
+            args.resume = str(path)
+            if "training" in found and not {"save_dir", "checkpoint"} & typed.keys():
+                args.checkpoint = str(path.parent)
+    except UserError as error:
+        parser.error(str(error))
+    with processes(args.gpu_id, args.threads) as run:
+        return _Training(args, typed, found, run).run()
 
-    def step(when: float) -> float:
-        return peak * args.gamma ** sum(when >= epoch for epoch in args.schedule)
 
-    def cosine(when: float) -> float:
-        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, when / total)))
-
-    def onecycle(when: float) -> float:
-        rise = 0.3 * total
-        if when < rise:
-            return peak * (0.04 + 0.96 * when / rise)
-        return peak * max(0.002, (total - when) / (total - rise))
-
-    def constant(when: float) -> float:
-        return peak
-
-    schedules = {"step": step, "cosine": cosine, "onecycle": onecycle, "constant": constant}
-    return schedules[args.lr_schedule]
-
-
-def flatness_weight(args: argparse.Namespace) -> Callable[[float], float]:
-    """Lambada as a function of the time in epochs: linear from 0 during the warm-up."""
-    if args.warmup == 0:
-        return lambda when: args.lambada
-    return lambda when: args.lambada * min(1.0, when / args.warmup)
+def _stated(parser: Parser, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a checkpoint was trained with, as if they were typed again."""
+    before = dict(checkpoint.get("given") or checkpoint.get("args") or {})
+    if before.get("lr_schedule", "step") != "step":
+        before.pop("schedule", None)  # older checkpoints hold every flag, used or not
+    return parser.given(parser.words(before, without=OF_THE_COMMAND))
 
 
 def run_path(args: argparse.Namespace) -> Path:
     """The published folder of a run, or the one that ``--checkpoint`` names."""
     if args.checkpoint is not None:
         return Path(args.checkpoint)
-    weight = {
-        "lfr": f"lr_{args.lr:g}_lambada_{args.lambada:g}",
-        "igr": f"igr_lr_{args.lr:g}_lambada_{args.lambada:g}",
-        "at": f"at_lr_{args.lr:g}",
-        "trades": f"trades_lr_{args.lr:g}_beta_{args.beta:g}",
-        "none": f"none_lr_{args.lr:g}",
-    }[args.defense]
-    network = {
-        "small_cnn": "",
-        "resnet": f"resnet_{args.depth}_{args.widen_factor}",
-        "wrn": f"wrn_{args.depth}_{args.widen_factor}",
-    }[args.arch]
-    return Path(args.save_dir) / args.dataset / network / f"{weight}_rs_{args.manualSeed}"
+    name = {"lfr": "", "igr": "igr_"}.get(args.defense, f"{args.defense}_") + f"lr_{args.lr}"
+    if args.defense in ("lfr", "igr"):
+        name += f"_lambada_{args.lambada}"
+    if args.defense == "trades":
+        name += f"_beta_{args.beta}"
+    network = {"small_cnn": "", "preact_resnet": "preact_resnet"}.get(
+        args.arch, f"{args.arch}_{args.depth}_{args.widen_factor}"
+    )
+    return Path(args.save_dir) / args.dataset / network / f"{name}_rs_{args.manualSeed}"
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train as the flags say; returns the exit code.
+class _Training:
+    """One run: everything that its epochs need."""
 
-    Raises:
-        UserError: anything the user can mend.
-    """
-    with world(args.gpu_id, args.threads) as here:
-        return _Run(args, here).go()
-
-
-class _Run:
-    """The state of one training run."""
-
-    def __init__(self, args: argparse.Namespace, here: World) -> None:
-        self.args, self.here = args, here
-        if args.dry_run:
-            args.epochs, args.max_steps, args.schedule, args.warmup = 1, 1, [], 0.0
-            args.probe_size = min(args.probe_size, args.train_batch)
-            args.start_epoch = 0
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        typed: Mapping[str, Any],
+        resumed: dict[str, Any] | None,
+        run: Processes,
+    ) -> None:
+        self.args, self.processes, self.resumed = args, run, resumed
+        self.given = {k: v for k, v in typed.items() if k not in OF_THE_COMMAND}
         seed_everything(args.manualSeed)
-        self.checkpoint = self._read_checkpoint()
-        self.train_set, self.val_set, self.test_set = self._load_data()
+        self._load_data()
+        found, path = resumed, args.resume
+        if found is None and args.pretrained is not None:
+            path = checkpoints.find_checkpoint(args.pretrained, BEST)
+            found = checkpoints.load_checkpoint(path)
+        if found is not None:  # what it says is built, whatever the flags' defaults
+            asked = {key: typed[flag] for key, flag in ARCH.items() if flag in typed}
+            for key, value in checkpoints.arch_of(found, asked, path).items():
+                if key in ARCH:
+                    setattr(args, ARCH[key], value)
         self.ball = Ball(args.norm, args.epsilon)
-        self.probe_ball = Ball(args.norm, args.probe_epsilon)
         self.network = self._build()
-        if args.pretrained is not None and self.checkpoint is None:
-            self._begin_with(_file_in(args.pretrained, BEST))
-        self.rate, self.weight = learning_rate(args), flatness_weight(args)
-        self.optimizer = self._optimizer()
+        kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[args.optimizer_type]
+        options = {"momentum": args.momentum} if args.optimizer_type == "SGD" else {}
+        options |= {"lr": args.lr, "weight_decay": args.weight_decay}
+        self.optimizer = kind(self.network.parameters(), **options)
         self.average = None
         if args.ema:
             average = get_ema_multi_avg_fn(args.ema)
             self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.progress = Progress(epoch=args.start_epoch)
-        if self.checkpoint is not None:
-            self._restore()
+        if resumed is not None:
+            self.given = {**(found.get("given") or found.get("args") or {}), **self.given}
+            checkpoints.check_data(found, path, self.train_set, args.force)
+            self._restore(found)
+        elif found is not None:
+            self._start_from(found, path)
 
-    # -- setting up ---------------------------------------------------------------------------
+    # -- setting up -------------------------------------------------------------------------------
 
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        if self.args.resume is None:
-            return None
-        path = _file_in(self.args.resume, CHECKPOINT)
-        self.args.resume = str(path)
-        return load_checkpoint(path)
-
-    def _load_data(self) -> tuple[ImageSet, ImageSet | None, ImageSet]:
-        args = self.args
-        train_set = load_dataset(args.dataset, args.data_dir, train=True)
-        test_set = load_dataset(args.dataset, args.data_dir, train=False)
-        if args.nlabel is not None:
-            if args.nlabel > len(train_set):
-                raise UserError(
-                    f"--nlabel {args.nlabel}: {train_set.name} has {len(train_set)} training "
-                    f"samples, allowed are 1 to {len(train_set)}"
-                )
-            train_set = train_set.head(args.nlabel)
+    def _load_data(self) -> None:
+        args, device = self.args, self.processes.device
+        data = load_dataset(args.dataset, args.data_dir, train=True)
+        self.test_set = load_dataset(args.dataset, args.data_dir, train=False).to(device)
+        if (args.nlabel or 0) > len(data):
+            raise UserError(
+                f"--nlabel {args.nlabel}: {data.name} has {len(data)} training samples, "
+                f"allowed are 1 to {len(data)}"
+            )
+        self.train_set, self.val_set = data.head(args.nlabel or len(data)), None
         if args.val_size is None:
-            args.val_size = min(1000, len(train_set) // 10)
-        val_set = None
+            args.val_size = min(1000, len(self.train_set) // 10)
         if args.val_size:
-            train_set, val_set = split_validation(train_set, args.val_size, args.manualSeed)
-            val_set = val_set.to(self.here.device)
-        return train_set, val_set, test_set.to(self.here.device)
+            self.train_set, val_set = split_validation(
+                self.train_set, args.val_size, args.manualSeed
+            )
+            self.val_set = val_set.to(device)
 
     def _build(self) -> nn.Module:
         args, data = self.args, self.train_set
         height, width = data.image_size
         if height != width and args.arch == "small_cnn":
             raise UserError(
-                f"dataset {data.name}: images of {height}x{width} pixels, "
-                "small_cnn needs square ones"
+                f"dataset {data.name}: {height}x{width} pixels, small_cnn needs squares"
             )
+        shapes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
         try:
-            network = build_model(
-                args.arch,
-                num_classes=data.num_classes,
-                in_channels=data.in_channels,
-                image_size=height,
-                depth=args.depth,
-                block_name=args.block_name,
-                widen_factor=args.widen_factor,
-                drop=args.drop,
-                activation=args.activation,
-                norm_layer=args.norm_layer,
-            )
+            options = {key: getattr(args, flag) for key, flag in ARCH.items()}
+            network = build_model(**options, **shapes, image_size=height)
         except ValueError as error:
             raise UserError(f"--arch {args.arch}: {error}") from None
-        return network.to(self.here.device, memory_format=torch.channels_last)
+        return network.to(self.processes.device, memory_format=torch.channels_last)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        args = self.args
-        if args.optimizer_type == "Adam":
-            return torch.optim.Adam(
-                self.network.parameters(), lr=args.lr, weight_decay=args.weight_decay
-            )
-        return torch.optim.SGD(
-            self.network.parameters(),
-            lr=args.lr,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-        )
-
-    def _begin_with(self, path: Path) -> None:
-        """The weights of a finished network, the averaged ones where there are any.
-
-        A run that is resumed has long left them: ``--resume`` goes before ``--pretrained``.
-        """
-        found = load_checkpoint(path)
-        restore_network(self.network, found, path)
-        self.here.say(f"beginning with the weights of {path}")
+    def _start_from(self, found: dict[str, Any], path: Path) -> None:
+        """The weights of a finished network, the averaged ones where there are any."""
+        log, own, state = self.processes.log, self.network.state_dict(), found["state_dict"]
+        if len(found.get("classes") or own) != self.train_set.num_classes and own.keys() == {
+            *state
+        }:
+            head = [name for name in own if own[name].shape != state[name].shape]
+            weights = {**state, **{name: own[name] for name in head}}
+            found = {**found, "arch": None, "state_dict": weights}
+            log(f"note: {path} has another number of classes; {', '.join(head)} start anew")
+        checkpoints.restore_network(self.network, found, path)
+        log(f"starting from the weights of {path}")
         changed = [line for name, line in self._changed_flags(found).items() if name in SPLIT]
-        if changed and self.val_set is not None and found.get("dataset") == self.train_set.name:
-            self.here.say(
+        if changed and self.val_set is not None and found.get("dataset") == self.train_set.source:
+            log(
                 f"note: these weights were trained on images that are held out now "
                 f"({'; '.join(changed)}), which flatters the choice of {BEST}"
             )
 
-    def _restore(self) -> None:
+    def _restore(self, found: dict[str, Any]) -> None:
         """Everything the checkpoint holds; the original's hold weights, optimizer and epoch."""
-        found, path = self.checkpoint, self.args.resume
-        state, weights = found.get("training"), found["state_dict"]
+        path, state, weights = self.args.resume, found.get("training"), found["state_dict"]
         if state is None:
             self.progress.epoch = found.get("epoch", 0)
         elif not isinstance(state, dict):
             raise UserError(f"{path}: its 'training' is not the state of a run")
         else:
-            self.progress = restore_fields(Progress, state.get("progress"), path, "progress")
-            if self.progress.batch and not self.progress.sums.get("samples"):
-                raise UserError(f"{path}: its progress counts batches but no samples")
+            progress = state.get("progress")
+            self.progress = checkpoints.restore_fields(Progress, progress, path, "progress")
             # The averaged weights are what is published: --evaluate looks at those.
             if state.get("weights") is not None and not self.args.evaluate:
                 weights = state["weights"]
-        restore_network(self.network, {"state_dict": weights}, path)
+        checkpoints.restore_network(self.network, {"state_dict": weights}, path)
         if self.average is not None:
-            restore_network(self.average.module, found, path)
+            checkpoints.restore_network(self.average.module, found, path)
             self.average.n_averaged.fill_(self.progress.step)
         if not self.args.evaluate:
-            restore_optimizer(self.optimizer, found, path)
-            # Where an old checkpoint's tensors lay in memory must not decide how fast we are.
-            for buffers in self.optimizer.state.values():
-                for key, value in buffers.items():
-                    if isinstance(value, torch.Tensor) and value.dim() == 4:
-                        buffers[key] = value.contiguous(memory_format=torch.channels_last)
+            checkpoints.restore_optimizer(self.optimizer, found, path)
 
-    # -- running ------------------------------------------------------------------------------
-
-    def go(self) -> int:
-        args, here = self.args, self.here
-        here.say(
-            f"data: {self.train_set.name}, {len(self.train_set)} training, "
-            f"{len(self.val_set) if self.val_set is not None else 0} held-out and "
-            f"{len(self.test_set)} test images"
-        )
-        if args.workers is not None:
-            here.say(f"note: --workers {args.workers} starts nothing, the data are in memory")
-        if args.evaluate:
-            return self._evaluate_only()
-        with ExitStack() as stack:
-            folder = self._open_folder(stack)
-            here.say(f"run folder: {run_path(args)}")
-            if self.checkpoint is not None:
-                self._compare_flags()
-                batch = f", batch {self.progress.batch}" if self.progress.batch else ""
-                here.say(f"resumed from {args.resume} after epoch {self.progress.epoch}{batch}")
-            if self.progress.epoch >= args.epochs:
-                here.say(f"nothing to do: {self.progress.epoch} of {args.epochs} epochs are done")
-                return 0
-            stop = stack.enter_context(StopSignal())
-            try:
-                self._epochs(folder, stack, stop)
-            except Interrupted:
-                if folder is not None:
-                    here.say(f"stopped; go on with the same flags and --resume {folder.checkpoint}")
-                return 128 + (stop.received or signal.SIGTERM)
-        return 0
-
-    def _open_folder(self, stack: ExitStack) -> RunFolder | None:
-        args = self.args
-        folder = None
-        if self.here.is_main:
-            folder = stack.enter_context(
-                RunFolder(run_path(args), resume_from=args.resume, overwrite=args.overwrite)
-            )
-            folder.save_json(
-                "args.json",
-                {
-                    "command": shlex.join(sys.argv),
-                    "arguments": vars(args),
-                    "dataset": self.train_set.name,
-                    "architecture": self.network.arch,
-                    "parameters": sum(p.numel() for p in self.network.parameters()),
-                    "processes": self.here.size,
-                    "versions": versions(),
-                },
-            )
-        self.here.barrier()
-        return folder
-
-    def _changed_flags(self, checkpoint: dict[str, Any]) -> dict[str, str]:
+    def _changed_flags(self, checkpoint: Mapping[str, Any]) -> dict[str, str]:
         """What to say of each flag that differs from the checkpoint's."""
         before = checkpoint.get("args") or {}
         return {
             name: f"--{name} {before[name]} is now {value}"
             for name, value in _plain(vars(self.args)).items()
-            if name in before and before[name] != value
+            if name in before and before[name] != value and name not in OF_THE_COMMAND
         }
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        args, log, progress = self.args, self.processes.log, self.progress
+        held_out = len(self.val_set) if self.val_set is not None else 0
+        log(
+            f"data: {self.train_set.name}, {len(self.train_set)} training, {held_out} held-out and "
+            f"{len(self.test_set)} test images"
+        )
+        if args.evaluate:
+            row = _row(self._measure(self._evaluated()))
+            probe = f"PGD-{args.probe_steps}, {args.norm} {args.probe_epsilon:.4g}"
+            log(f"{row}  ({probe}, first {args.probe_size})")
+            return 0
+        for note in doubtful_steps(args.norm, args.epsilon, args.num_steps, args.step_size):
+            log(f"note: {note}")
+        with ExitStack() as stack:
+            folder = self._open_folder(stack)
+            log(f"run folder: {run_path(args)}")
+            if self.resumed is not None:
+                self._compare_flags()
+                batch = f", batch {progress.batch}" if progress.batch else ""
+                log(f"resumed from {args.resume} after epoch {progress.epoch}{batch}")
+            if progress.epoch >= args.epochs:
+                log(f"nothing to do: {progress.epoch} of {args.epochs} epochs are done")
+                return 0
+            stop = stack.enter_context(StopSignal())
+            try:
+                self._epochs(folder, stack, stop)
+            except Interrupted:
+                log(f"stopped; the same command with --resume {run_path(args)} resumes the run")
+                return 128 + (stop.received or signal.SIGTERM)
+        return 0
+
+    def _open_folder(self, stack: ExitStack) -> RunFolder | None:
+        args, folder = self.args, None
+        if self.processes.is_main:
+            folder = RunFolder(run_path(args), resume_from=args.resume, overwrite=args.overwrite)
+            stack.enter_context(folder)
+            content = {
+                "command": shlex.join(sys.argv),
+                "arguments": vars(args),
+                "dataset": self.train_set.name,
+                "architecture": self.network.arch,
+                "parameters": sum(p.numel() for p in self.network.parameters()),
+                "processes": self.processes.size,
+                "versions": versions(),
+            }
+            folder.save_json("args.json", content)
+        self.processes.barrier()
+        return folder
 
     def _compare_flags(self) -> None:
         """One line naming the flags that differ from the checkpoint's, if any."""
-        before = self.checkpoint.get("args") or {}
-        changed = [
-            line
-            for name, line in self._changed_flags(self.checkpoint).items()
-            if name not in ELSEWHERE
-        ]
+        changed = self._changed_flags(self.resumed)
         if changed:
-            self.here.say(
-                f"note: the checkpoint was written with other flags: {'; '.join(changed)}"
-            )
-        # Older checkpoints were probed at the radius of the training.
-        before = {"probe_epsilon": before.get("epsilon"), **before}
-        if any(name in before and before[name] != getattr(self.args, name) for name in MEASURE):
+            lines = "; ".join(changed.values())
+            self.processes.log(f"note: the checkpoint was written with other flags: {lines}")
+        if not (run_path(self.args) / BEST).exists() or changed.keys() & MEASURE:
             self.progress.best = Progress().best
-            self.here.say(f"note: {BEST} is chosen anew, by what is measured from now on")
+            self.processes.log(f"note: {BEST} is chosen anew, by what is measured from now on")
 
     def _epochs(self, folder: RunFolder | None, stack: ExitStack, stop: StopSignal) -> None:
-        args, here, progress = self.args, self.here, self.progress
+        args, run, progress = self.args, self.processes, self.progress
+        padding, hflip = augmentation(args.dataset)
         batches = Batches(
-            self.train_set,
-            args.train_batch,
-            shuffle=True,
-            augment=args.augment,
-            padding=args.crop_padding,
-            mirror=args.mirror,
-            seed=args.manualSeed,
-            device=here.device,
-            rank=here.rank,
-            world_size=here.size,
-        )
-        defense = Defense(
-            args.defense,
-            self.ball,
-            args.step_size,
-            args.num_steps,
-            search=args.search,
-            bn_mode=args.bn_mode,
-            beta=args.beta,
-        )
+            self.train_set.to(run.device), args.train_batch, shuffle=True, augment=args.augment,
+            padding=padding, hflip=hflip, seed=args.manualSeed, rank=run.rank, world_size=run.size,
+        )  # fmt: skip
+        names = ("step_size", "num_steps", "search", "bn_mode", "beta")
+        defense = Defense(args.defense, self.ball, **{name: getattr(args, name) for name in names})
         loss_of: nn.Module = DefenseLoss(self.network, defense)
-        if here.size > 1:
-            devices = [here.device] if here.device.type == "cuda" else None
+        if run.size > 1:
+            devices = [run.device] if run.device.type == "cuda" else None
             loss_of = DistributedDataParallel(loss_of, device_ids=devices)
-        board = Board(folder.scalars if folder else None, progress.epoch, progress.step)
+        board = Board(folder.scalars if folder else None)
         stack.callback(board.close)
         board.describe(shlex.join(sys.argv), vars(args))
-        log = folder.log(EXTRA_COLUMNS, keep=progress.epoch - args.start_epoch) if folder else None
-        max_batches = min(args.max_steps or len(batches), len(batches))
+        log = folder and Log(folder.path / LOG, COLUMNS, progress.epoch - args.start_epoch)
         saved = time.monotonic()
 
         def after_step(values: dict[str, float]) -> None:
             nonlocal saved
             if self.average is not None:
                 self.average.update_parameters(self.network)
-            board.iteration(
-                progress.step - 1,
-                {
-                    "loss": values["loss"],
-                    "loss_normal": values["natural_loss"],
-                    "loss_gradient": values["flatness"],
-                    "grad_part": values["loss"] - values["natural_loss"],
-                },
-            )
-            asked = here.sum(float(stop.received is not None))[0] > 0
+            curves = {
+                "Loss_iter/Loss": values["loss"],
+                "Loss_iter/Loss_normal": values["natural"],
+                "Loss_iter/Loss_gradient": values["penalty"],
+                "Loss_iter/grad_part": values["loss"] - values["natural"],
+            }
+            board.scalars(progress.step - 1, curves)
+            asked = run.sum(float(stop.received is not None))[0] > 0
             due = args.save_minutes and time.monotonic() - saved > 60 * args.save_minutes
             if folder is not None and (asked or due):
                 board.flush()
@@ -415,42 +353,31 @@ class _Run:
             if asked:
                 raise Interrupted
 
-        here.say(_HEADER)
+        rate, lambada = engine.learning_rate(args), engine.flatness_weight(args)
         while progress.epoch < args.epochs:
-            batches.set_epoch(progress.epoch)
-            used_rate = self.rate(float(progress.epoch))
+            batches.epoch = progress.epoch
+            start = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
             self.network.train()
-            means = train_one_epoch(
-                loss_of,
-                batches,
-                self.optimizer,
-                progress,
-                here,
-                rate=self.rate,
-                lambada=self.weight,
-                max_batches=max_batches,
-                amp=args.amp,
+            means = engine.train_one_epoch(
+                loss_of, batches, self.optimizer, progress, run, rate=rate, lambada=lambada,
+                max_batches=min(args.max_steps or len(batches), len(batches)), amp=args.amp,
                 after_step=after_step,
-            )
+            )  # fmt: skip
             if folder is not None:
-                self._report(folder, log, board, means, used_rate, batches)
+                self._report(folder, log, board, {**start, **means}, batches)
                 saved = time.monotonic()
-            here.barrier()
+            run.barrier()
             if stop.received is not None:
                 raise Interrupted
+
+    # -- after an epoch ---------------------------------------------------------------------------
 
     def _evaluated(self) -> nn.Module:
         """The network that is measured and published: the average where there is one."""
         return self.average.module if self.average is not None else self.network
 
     def _report(
-        self,
-        folder: RunFolder,
-        log: Any,
-        board: Board,
-        means: dict[str, float],
-        used_rate: float,
-        batches: Batches,
+        self, folder: RunFolder, log: Log, board: Board, means: dict[str, float], batches: Batches
     ) -> None:
         """Measure the network after an epoch, write every log, save the checkpoints."""
         args, progress = self.args, self.progress
@@ -459,208 +386,112 @@ class _Run:
             # weights still move fast, such a network is at chance.
             images = (x for x, _, _ in islice(batches.iterate(), STATISTICS_BATCHES))
             update_bn(images, self.average.module)
-        found = self._measure(self._evaluated())
-        epoch = progress.epoch - 1
-        board.epoch(
-            epoch,
-            {
-                "train_loss": means["loss"],
-                "test_loss": found["test_loss"],
-                "loss_normal": means["natural_loss"],
-                "loss_grad": means["flatness"],
-                "train_acc": means["accuracy"],
-                "test_acc": found["test_accuracy"],
-                "learning_rate": used_rate,
-                "lambada": self.weight(float(progress.epoch)),
-                "seconds": means["seconds"],
-                "Robust/test_pgd": found.get("test_robust"),
-                "Robust/val_pgd": found.get("val_robust"),
-                "Acc_epoch/val_acc": found.get("val_accuracy"),
-                "Mode_gap/accuracy_eval": found.get("accuracy_eval"),
-                "Mode_gap/accuracy_batch": found.get("accuracy_batch"),
-                "Mode_gap/flatness_eval": found.get("flatness_eval"),
-                "Mode_gap/flatness_batch": found.get("flatness_batch"),
-                "Mode_gap/gap": found.get("gap"),
-            },
-        )
-        if args.image_interval and (epoch % args.image_interval == 0 or args.dry_run):
-            self._draw(board, epoch)
-        score = self._score(found)
-        parted = abs(found.get("gap", 0.0)) > PARTED
-        names = []
+        found = {**means, **self._measure(self._evaluated())}
+        board.scalars(progress.epoch - 1, {tag: found.get(name) for name, _, tag, _ in FIGURES})
+        if args.image_interval and (progress.epoch - 1) % args.image_interval == 0:
+            self._draw(board, progress.epoch - 1)
+        score, gap, names = self._score(found), abs(found.get("gap", 0.0)) > BN_GAP_LIMIT, []
         # The first epochs' running statistics lag behind: without a best yet, any is the best.
-        if score > progress.best and (not parted or progress.best < 0):
+        if score > progress.best and (not gap or progress.best < 0):
             progress.best = score
             names.append(BEST)
         if args.ckpt_interval and progress.epoch % args.ckpt_interval == 0:
             names.append(f"epoch{progress.epoch}.pth.tar")
-        if parted:
-            print(
-                f"warning: epoch {progress.epoch}: the network by running statistics "
-                f"({found['accuracy_eval']:.1f} %) and by batch statistics "
-                f"({found['accuracy_batch']:.1f} %) have parted; the last good checkpoint stays "
-                f"model_best.pth.tar (--bn_mode {args.bn_mode}, see docs/failure_case.md)",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif warning := self._hides(means, found):
+        if warning := self._warning(found, gap):
             print(f"warning: epoch {progress.epoch}: {warning}", file=sys.stderr, flush=True)
         board.flush()
-        log.append(
-            {
-                "Learning Rate": used_rate,
-                "Train Loss": means["loss"],
-                "Valid Loss": found["test_loss"],
-                "Train Acc.": means["accuracy"],
-                "Valid Acc.": found["test_accuracy"],
-                "loss normal": means["natural_loss"],
-                "loss gradient": means["flatness"],
-                "Val Acc.": found.get("val_accuracy", math.nan),
-                "Val Robust Acc.": found.get("val_robust", math.nan),
-                "Test Robust Acc.": found.get("test_robust", math.nan),
-                "Mode Gap": found.get("gap", math.nan),
-                "Seconds": means["seconds"],
-            }
-        )
-        state = self._state(found)
-        folder.save(state, *names, CHECKPOINT)
+        log.append({column: found.get(name, math.nan) for name, column, _, _ in FIGURES if column})
+        folder.save(self._state(found), *names, CHECKPOINT)
         best = "  *" if BEST in names else ""
-        self.here.say(_row(progress.epoch, args.epochs, used_rate, means, found) + best)
+        self.processes.log(f"epoch {progress.epoch}/{args.epochs}  {_row(found)}{best}")
 
     def _measure(self, network: nn.Module) -> dict[str, float]:
-        args = self.args
-        tested = evaluate(network, self.test_set, args.test_batch)
-        found = {"test_loss": tested["loss"], "test_accuracy": tested["accuracy"]}
-        probes = args.probe_size and args.probe_steps
-        if self.val_set is not None:
-            found["val_accuracy"] = evaluate(network, self.val_set, args.test_batch)["accuracy"]
-        for name, data in (("val", self.val_set), ("test", self.test_set)):
-            if probes and data is not None:
-                head = data.head(args.probe_size)
-                found[f"{name}_robust"] = probe(
-                    network, head, self.probe_ball, args.probe_steps, args.test_batch
+        args, found = self.args, {}
+        ball = Ball(args.norm, args.probe_epsilon)
+        for name, data in (("held_out", self.val_set), ("test", self.test_set)):
+            if data is not None:
+                measured = engine.evaluate(network, data, args.test_batch)
+                found |= {f"{name}_{key}": value for key, value in measured.items()}
+            if data is not None and args.probe_size:
+                found[f"{name}_robust"] = engine.probe(
+                    network, data.head(args.probe_size), ball, args.probe_steps, args.test_batch
                 )
         held_out = self.val_set if self.val_set is not None else self.test_set
-        slice_ = held_out.head(max(2, min(512, len(held_out))))
-        found.update(mode_gap(network, slice_, self.ball, args.train_batch))
+        found |= engine.bn_gap(network, held_out.head(512), self.ball, args.train_batch)
         if has_batch_norm(network):
             found["gap"] = found["accuracy_batch"] - found["accuracy_eval"]
         return found
 
-    def _score(self, found: dict[str, float]) -> float:
-        """What the best epoch is chosen by: robust accuracy, and the clean one among equals.
+    def _score(self, found: Mapping[str, float]) -> float:
+        """What the best epoch is chosen by: the mean of clean and robust accuracy, held out.
 
-        Equal are the epochs of an undefended network, of which a probe leaves nothing. One that
-        answers with a constant is robust where it is right: a tenth of the images of ten classes,
-        which is more than a good network may reach under a strong attack.
+        It is the area under accuracy by radius, by its two ends. Robust accuracy alone would choose
+        a network that answers with a constant, which is robust wherever it is right.
         """
-        clean = found.get("val_accuracy", found["test_accuracy"])
-        if clean < 1.25 * 100 / self.train_set.num_classes:
-            return 0.0
-        return found.get("val_robust", clean) + TIE_BREAK * clean
+        clean = found.get("held_out_accuracy", found["test_accuracy"])
+        robust = found.get("held_out_robust", found.get("test_robust", clean))
+        return (clean + robust) / 2
 
-    def _hides(self, means: dict[str, float], found: dict[str, float]) -> str | None:
-        """What to say when the network is flat at the points of the search and nowhere else."""
+    def _warning(self, found: Mapping[str, float], gap: bool) -> str | None:
+        """What to say of a network whose figures cannot be trusted."""
         args = self.args
-        if args.defense != "lfr" or args.num_steps == 0:
-            return None
+        if gap:
+            return (
+                f"accuracy is {found['accuracy_eval']:.1f} % by BatchNorm's running statistics and "
+                f"{found['accuracy_batch']:.1f} % by those of a batch; {BEST} is kept as it was "
+                f"(--bn_mode {args.bn_mode}, see docs/failure_case.md)"
+            )
         at_images = found["flatness_eval" if args.bn_mode == "running" else "flatness_batch"]
-        # Not where the network is flat anyway, nor early: the penalty is the mean over an epoch in
-        # which a fresh network's gradients grow from nothing.
+        # Not early: the penalty is a mean over an epoch in which gradients grow from nothing.
         early = self.progress.epoch <= max(1.0, args.warmup)
-        if early or args.epsilon * at_images < 0.1 or HIDDEN * means["flatness"] >= at_images:
+        flat_anyway = args.epsilon * at_images < 0.1
+        searched = args.defense == "lfr" and args.num_steps > 0
+        if early or flat_anyway or not searched or PENALTY_LIMIT * found["penalty"] >= at_images:
             return None
         return (
-            f"the penalty ({means['flatness']:.3g}) is less than a third of the gradient norm at "
-            f"held-out images ({at_images:.3g}), which a search in their neighbourhood should "
-            "exceed: the network hides from the search; try more --num_steps of a smaller "
-            "--step_size, or --search fast (see docs/failure_case.md)"
+            f"the penalty ({found['penalty']:.3g}) is less than a third of the gradient norm at "
+            f"held-out images ({at_images:.3g}), which the search should exceed: the network is "
+            "flat only where the search looks; try more --num_steps of a smaller --step_size, or "
+            "--search fast (see docs/failure_case.md)"
         )
 
     def _draw(self, board: Board, epoch: int) -> None:
-        args = self.args
-        network = self._evaluated()
+        args, network = self.args, self._evaluated()
         data = (self.val_set if self.val_set is not None else self.test_set).head(10)
-        clean = data.float_images().contiguous(memory_format=torch.channels_last)
-        with mode(network, training=False):
-            sharpest = sharpest_point(
-                network,
-                clean,
-                data.labels,
-                self.ball,
-                step_size=args.step_size,
-                num_steps=args.num_steps,
-                search=args.search,
-                start=clean,
-            )
-            with torch.no_grad():
-                predictions = network(sharpest).argmax(1)
-        board.images(epoch, clean, sharpest, predictions, data.labels, data.classes)
+        x = data.float_images().contiguous(memory_format=torch.channels_last)
+        steps = {"step_size": args.step_size, "num_steps": args.num_steps, "search": args.search}
+        with mode(network, training=False), torch.no_grad():
+            x_adv = inner_maximization(network, x, data.labels, self.ball, start=x, **steps)
+            predictions = network(x_adv).argmax(1)
+        board.images(epoch, x, x_adv, predictions, data.labels, data.classes)
 
-    def _state(self, found: dict[str, float] | None = None) -> dict[str, Any]:
+    def _state(self, found: Mapping[str, float] | None = None) -> dict[str, Any]:
         """A checkpoint: the original's keys, then what evaluation and resuming need."""
-        found = found or {}
-        averaged = self.average is not None
+        weights = self.network.state_dict() if self.average is not None else None
         return {
             "epoch": self.progress.epoch,
             "state_dict": self._evaluated().state_dict(),
-            "acc": found.get("test_accuracy", math.nan),
+            "acc": (found or {}).get("test_accuracy", math.nan),
             "best_acc": self.progress.best,
             "optimizer": self.optimizer.state_dict(),
             "arch": self.network.arch,
-            "dataset": self.train_set.name,
+            "dataset": self.train_set.source,
             "classes": list(self.train_set.classes),
             "args": _plain(vars(self.args)),
-            "measured": found,
+            "given": _plain(self.given),
+            "measured": dict(found or {}),
             "versions": versions(),
-            "training": {
-                "progress": asdict(self.progress),
-                "weights": self.network.state_dict() if averaged else None,
-            },
+            "training": {"progress": asdict(self.progress), "weights": weights},
         }
 
-    def _evaluate_only(self) -> int:
-        found = self._measure(self._evaluated())
-        self.here.say(
-            f"test: loss {found['test_loss']:.4f}, clean accuracy {found['test_accuracy']:.2f} %"
-            + (
-                f", robust accuracy {found['test_robust']:.2f} % (PGD-{self.args.probe_steps}, "
-                f"first {min(self.args.probe_size, len(self.test_set))})"
-                if "test_robust" in found
-                else ""
-            )
-        )
-        return 0
 
-
-def _file_in(path: str, name: str) -> Path:
-    """``path`` itself, or the file of that name in it if it is a run folder."""
-    return Path(path) / name if Path(path).is_dir() else Path(path)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flags as plain values, which a checkpoint may hold."""
     allowed = (int, float, str, bool, type(None), list)
-    return {
-        key: value if isinstance(value, allowed) else str(value) for key, value in values.items()
-    }
+    return {k: v if isinstance(v, allowed) else str(v) for k, v in values.items()}
 
 
-_HEADER = (
-    "   epoch         rate   loss  natural  flatness  train   val  val-pgd   test  test-pgd"
-    "  seconds"
-)
-
-
-def _row(
-    epoch: int, epochs: int, rate: float, means: dict[str, float], found: dict[str, float]
-) -> str:
-    def percent(name: str, width: int) -> str:
-        return f"{found[name]:{width}.1f}" if name in found else " " * (width - 1) + "-"
-
-    return (
-        f"{epoch:4d}/{epochs:<4d} {rate:10.3g} {means['loss']:7.4f} {means['natural_loss']:7.4f} "
-        f"{means['flatness']:9.4f} {means['accuracy']:6.2f} {percent('val_accuracy', 5)} "
-        f"{percent('val_robust', 8)} {percent('test_accuracy', 6)} {percent('test_robust', 9)} "
-        f"{means['seconds']:8.1f}"
-    )
+def _row(found: Mapping[str, float]) -> str:
+    """The figures in a line."""
+    words = [(word, found.get(name)) for name, _, _, word in FIGURES if word]
+    return "  ".join(f"{word} {value:.4g}" for word, value in words if value is not None)
