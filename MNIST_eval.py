@@ -4,21 +4,18 @@ python MNIST_eval.py --model_path PATH/model_best.pth.tar --attack_method PGD
 python MNIST_eval.py --model_path PATH/model_best.pth.tar --attack_method all --num_examples 1000
 """
 
-from __future__ import annotations
-
 from utils.errors import run_script
-from utils.evaluation import evaluate
-from utils.options import EvaluationDefaults, parse_evaluation
+from utils.evaluation import run_evaluation
 
-DEFAULTS = EvaluationDefaults(
-    dataset="MNIST",
-    datasets=("MNIST", "FashionMNIST", "SVHN", "digits", "folder"),
-    archs=("small_cnn", "resnet", "wrn"),
-)
+DEFAULTS = {
+    "dataset": "MNIST",
+    "datasets": ("MNIST", "FashionMNIST", "SVHN", "digits", "folder"),
+    "archs": ("small_cnn", "resnet", "preact_resnet", "wrn"),
+}
 
 
 def main() -> int:
-    return evaluate(parse_evaluation(DEFAULTS, description=__doc__.splitlines()[0]))
+    return run_evaluation(DEFAULTS, __doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -9,29 +9,20 @@ import torch
 from torch import nn
 
 from models import build_model
-from utils import options
-from utils.attacks import (
-    ATTACKS,
-    COLOUR,
-    GREY,
-    SVHN,
-    Budget,
+from utils.attacks import ATTACKS, Budget, family, gradient_budget, logits_of, pgd
+from utils.attacks.budgets import COLOUR, GREY, SVHN
+from utils.attacks.gradient import (
     BudgetViolation,
-    attack,
-    family,
-    fgsm,
     filled_up,
-    gradient_budget,
-    logits_of,
-    loss_and_gradient,
-    pgd,
+    gradients,
+    losses_of,
     random_starts,
     sample_generator,
     verify,
 )
-from utils.ball import Ball
 from utils.errors import UserError
-from utils.second_order import Kernels
+from utils.lfr import Ball
+from utils.lfr.accel import Accelerated
 
 
 class Linear(nn.Module):
@@ -87,11 +78,12 @@ def test_verdicts_of_a_linear_network_are_those_of_the_closed_form(linear, norm)
     clear = left.abs() > 1e-5
     network, x, y, expected = network, x[clear], y[clear], (left > 0)[clear]
     assert 5 < expected.sum() < 50
-    for result in (
-        fgsm(network, x, y, ball),
-        pgd(network, x, y, ball, step_size=ball.epsilon / 4, num_steps=20, restarts=2),
-        pgd(network, x, y, ball, step_size=ball.epsilon / 4, num_steps=20, decay=0.1),
+    for budget in (
+        Budget(norm, ball.epsilon, 1, ball.epsilon, random_start=False),
+        Budget(norm, ball.epsilon, 20, ball.epsilon / 4, restarts=2),
+        Budget(norm, ball.epsilon, 20, ball.epsilon / 4, random_start=False, decay=0.1),
     ):
+        result = pgd(network, x, y, budget)
         assert torch.equal(result.robust, expected)
         assert torch.equal(network(result.x_adv).argmax(1) == y, expected)
 
@@ -100,9 +92,8 @@ def test_verdicts_of_a_linear_network_are_those_of_the_closed_form(linear, norm)
 def test_without_early_stop_the_loss_is_the_largest_of_the_ball(linear, norm):
     network, x, y = linear
     margin, normal = margins(network, x, y)
-    ball = Ball(norm, 0.05)
-    reach = ball.epsilon * normal.norm(p=1 if norm == "l_inf" else 2, dim=1)
-    found = pgd(network, x, y, ball, step_size=0.02, num_steps=20, early_stop=False)
+    reach = 0.05 * normal.norm(p=1 if norm == "l_inf" else 2, dim=1)
+    found = pgd(network, x, y, Budget(norm, 0.05, 20, 0.02), early_stop=False)
     assert torch.allclose(found.loss, nn.functional.softplus(reach - margin), atol=1e-4)
 
 
@@ -110,9 +101,8 @@ def test_no_image_leaves_ball_or_box(small_cnn):
     x = torch.rand(12, 1, 28, 28).round(decimals=1)
     y = small_cnn(x).argmax(1)
     for norm, epsilon in (("l_inf", 0.3), ("l_2", 2.0)):
-        ball = Ball(norm, epsilon)
-        found = pgd(small_cnn, x, y, ball, step_size=epsilon / 2, num_steps=5)
-        verify(found.x_adv, x, ball)
+        found = pgd(small_cnn, x, y, Budget(norm, epsilon, 5, epsilon / 2))
+        verify(found.x_adv, x, Ball(norm, epsilon))
 
 
 def test_verify_raises():
@@ -135,7 +125,7 @@ def test_a_network_that_answers_nan_is_no_robust_network(small_cnn, first_bad_pa
 
     x, y = torch.rand(8, 1, 28, 28), torch.zeros(8, dtype=torch.long)
     with pytest.raises(UserError, match="not finite"):
-        pgd(Breaks(small_cnn), x, y, Ball("l_inf", 0.3), step_size=0.3, num_steps=2)
+        pgd(Breaks(small_cnn), x, y, Budget("l_inf", 0.3, 2, 0.3))
 
 
 def test_verdicts_do_not_depend_on_the_batch(small_cnn):
@@ -144,17 +134,17 @@ def test_verdicts_do_not_depend_on_the_batch(small_cnn):
     y[::9] = (y[::9] + 1) % 10
     budget = Budget("l_inf", 0.02, 2, 0.01, restarts=2)
     index = torch.arange(20)
-    whole = attack(small_cnn, x, y, budget, seed=3, index=index)
+    whole = pgd(small_cnn, x, y, budget, seed=3, index=index)
     assert 2 < whole.robust.sum() < 17
     for batch in (3, 16):
         parts = [
-            attack(small_cnn, x[rows], y[rows], budget, seed=3, index=rows)
+            pgd(small_cnn, x[rows], y[rows], budget, seed=3, index=rows)
             for rows in index.split(batch)
         ]
         assert torch.equal(torch.cat([part.robust for part in parts]), whole.robust)
         assert torch.equal(torch.cat([part.x_adv for part in parts]), whole.x_adv)
     order = torch.randperm(20)
-    shuffled = attack(small_cnn, x[order], y[order], budget, seed=3, index=order)
+    shuffled = pgd(small_cnn, x[order], y[order], budget, seed=3, index=order)
     assert torch.equal(shuffled.robust, whole.robust[order])
 
 
@@ -164,11 +154,12 @@ def test_an_image_gets_the_same_digits_in_any_batch(small_cnn, tiny_resnet, thre
     networks = ((small_cnn, (1, 28, 28)), (tiny_resnet, (3, 32, 32)))
     for network, shape in networks[: 3 - threads]:
         x, y = torch.rand(240, *shape), torch.randint(10, (240,))
-        kernels = Kernels(frozen=True)
-        logits, losses, gradient = loss_and_gradient(network, x, y, kernels)
+        with Accelerated(frozen=True):
+            whole = gradients(network, x, y, losses_of)
         for count in (1, 3, 11, 17, 100, 200):
-            part = loss_and_gradient(network, x[:count], y[:count], kernels)
-            for values, all_values in zip(part, (logits, losses, gradient)):
+            with Accelerated(frozen=True):
+                part = gradients(network, x[:count], y[:count], losses_of)
+            for values, all_values in zip(part, whole):
                 assert torch.equal(values, all_values[:count])
             plain = logits_of(network, x[:count])
             assert torch.equal(plain, logits_of(network, x)[:count])
@@ -197,13 +188,13 @@ def test_generators_differ_in_every_argument():
     assert len(drawn) == len(keys)
 
 
-def test_broken_images_are_not_attacked_again(linear):
+def test_misclassified_images_are_not_attacked_again(linear):
     network, x, y = linear
     x, y = x.repeat(8, 1, 1, 1), y.repeat(8)
     counted = Counting(network)
-    found = pgd(counted, x, y, Ball("l_inf", 0.4), step_size=0.1, num_steps=20, restarts=3)
+    found = pgd(counted, x, y, Budget("l_inf", 0.4, 20, 0.1, restarts=3))
     assert not found.robust.any()
-    # the clean pass, a few steps until all are broken, the check; not 20 steps x 3 starts
+    # the clean pass, a few steps until all are misclassified, the check; not 20 steps x 3 starts
     assert counted.images < 8 * len(x)
     assert torch.equal(found.x_adv[:5], x[:5])  # misclassified to begin with: left alone
 
@@ -212,8 +203,8 @@ def test_early_exit_gives_the_verdict_of_the_full_run(small_cnn):
     x = torch.rand(16, 1, 28, 28)
     y = small_cnn(x).argmax(1)
     budget = Budget("l_inf", 0.02, 6, 0.005)
-    quick = attack(small_cnn, x, y, budget)
-    full = attack(small_cnn, x, y, budget, early_stop=False)
+    quick = pgd(small_cnn, x, y, budget)
+    full = pgd(small_cnn, x, y, budget, early_stop=False)
     assert 0 < quick.robust.sum() < 16
     assert torch.equal(quick.robust, full.robust)
     assert (full.loss >= quick.loss - 1e-5)[quick.robust].all()
@@ -228,7 +219,7 @@ def test_the_network_is_left_as_it_was(tiny_resnet):
     state = {name: value.clone() for name, value in network.state_dict().items()}
     x, y = torch.rand(6, 3, 32, 32), torch.arange(6)
     random = torch.random.get_rng_state()
-    pgd(network, x, y, Ball("l_inf", 0.1), step_size=0.05, num_steps=3, restarts=2)
+    pgd(network, x, y, Budget("l_inf", 0.1, 3, 0.05, restarts=2))
     assert modes == [module.training for module in network.modules()]
     assert wanted == [parameter.requires_grad for parameter in network.parameters()]
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
@@ -248,21 +239,14 @@ def test_pgd_walks_where_foolbox_walks(norm):
     theirs = theirs(abs_stepsize=step, steps=7, random_start=False)
     model = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
     expected = theirs.run(model, x, foolbox.criteria.Misclassification(y), epsilon=epsilon)
-    found = pgd(
-        network,
-        x,
-        y,
-        Ball(norm, epsilon),
-        step_size=step,
-        num_steps=7,
-        random_start=False,
-        early_stop=False,
-    )
+    budget = Budget(norm, epsilon, 7, step, random_start=False)
+    found = pgd(network, x, y, budget, early_stop=False)
     assert (found.x_adv - expected).abs().gt(1e-3).float().mean() < 0.002
 
 
 def test_names_are_the_published_ones():
-    assert ATTACKS == options.ATTACKS
+    published = "FGSM PGD MPGD JSMA DDNL2 point-wise AutoAttack Square"
+    assert " ".join(ATTACKS) == published
     assert family("MNIST", 1) is family("digits", 1) is family("folder", 1) is GREY
     assert family("svhn", 3) is SVHN
     assert family("cifar10 (image folder)", 3) is family("folder", 3) is COLOUR
@@ -271,10 +255,10 @@ def test_names_are_the_published_ones():
 def test_defaults_are_the_published_ones():
     assert gradient_budget("FGSM", GREY) == Budget("l_inf", 0.3, 1, 0.3, random_start=False)
     assert gradient_budget("PGD", GREY) == Budget("l_inf", 0.3, 40, 0.01)
-    assert gradient_budget("MPGD", GREY) == Budget("l_inf", 0.3, 40, 0.01, decay=0.1)
+    assert gradient_budget("MPGD", GREY) == Budget("l_inf", 0.3, 40, 0.01, 1, False, 0.1)
     assert gradient_budget("FGSM", COLOUR) == Budget("l_inf", 0.031, 1, 0.031, random_start=False)
     assert gradient_budget("PGD", COLOUR) == Budget("l_inf", 0.031, 10, 0.007)
-    assert gradient_budget("MPGD", COLOUR) == Budget("l_inf", 0.031, 20, 0.007, decay=0.1)
+    assert gradient_budget("MPGD", COLOUR) == Budget("l_inf", 0.031, 20, 0.007, 1, False, 0.1)
 
 
 def test_settings_replace_defaults():
@@ -283,14 +267,31 @@ def test_settings_replace_defaults():
     assert given == Budget("l_2", 2.0, 7, 0.5, restarts=3)
     assert str(given) == "l_2 2, 7 x 0.5, 3 starts"
     assert gradient_budget("FGSM", GREY, num_steps=9, restarts=4) == gradient_budget("FGSM", GREY)
-    with pytest.raises(ValueError, match="JSMA"):
-        gradient_budget("JSMA", GREY)
+    assert gradient_budget("MPGD", GREY, restarts=4) == gradient_budget("MPGD", GREY)
+
+
+def test_momentum_pgd_begins_at_the_image():
+    """MI-FGSM by its formula (Dong et al., eq. 6 and 7), from the image itself."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, epsilon, decay, step = torch.rand(5, 1, 4, 4, dtype=torch.float64), 0.2, 0.1, 0.03
+    y = network(x).argmax(1)
+    x_adv, momentum = x.clone(), torch.zeros_like(x)
+    for _ in range(7):
+        x_adv.requires_grad_()
+        loss = nn.functional.cross_entropy(network(x_adv), y, reduction="sum")
+        gradient = torch.autograd.grad(loss, x_adv)[0]
+        momentum = decay * momentum + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
+        x_adv = x_adv.detach() + step * momentum.sign()
+        x_adv = x_adv.clamp(x - epsilon, x + epsilon).clamp(0, 1)
+    budget = gradient_budget("MPGD", GREY, epsilon=epsilon, num_steps=7, step_size=step)
+    found = pgd(network, x, y, budget, early_stop=False)
+    assert torch.allclose(found.x_adv, x_adv, atol=1e-12)
 
 
 def test_zero_steps_and_a_radius_of_zero(linear):
     network, x, y = linear
     right = network(x).argmax(1) == y
     nothing = Budget("l_inf", 0.0, 3, 0.1)
-    assert torch.equal(attack(network, x, y, nothing).robust, right)
+    assert torch.equal(pgd(network, x, y, nothing).robust, right)
     unmoved = replace(nothing, epsilon=1e-4, num_steps=0)
-    verify(attack(network, x, y, unmoved).x_adv, x, unmoved.ball)
+    verify(pgd(network, x, y, unmoved).x_adv, x, unmoved.ball)

@@ -7,25 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import cifar_eval
 import MNIST_eval
 from models import build_model
-from utils import evaluation, library_attacks
-from utils.attacks import GREY, Budget
-from utils.ball import Ball
-from utils.data import load_dataset
+from utils import evaluation
+from utils.attacks import Budget
+from utils.attacks.budgets import GREY
+from utils.attacks.library import CHUNK, Verdicts, run_library
+from utils.attacks.masking import masking_checks
+from utils.checkpoints import save_checkpoint
+from utils.datasets import load_dataset
 from utils.errors import UserError
-from utils.library_attacks import CHUNK, run_library
-from utils.options import parse_evaluation
-from utils.runs import save_checkpoint
-from utils.sanity import sanity_checks
+from utils.lfr import Ball
 from utils.verdict_store import VerdictStore
 
 
@@ -59,8 +58,12 @@ def checkpoint(digits_network, tmp_path_factory):
 def evaluate(checkpoint, *flags):
     """MNIST_eval.py on the digits, in this process."""
     given = ["--model_path", str(checkpoint), "--dataset", "digits", "--num_examples", "24"]
-    args = parse_evaluation(MNIST_eval.DEFAULTS, [*given, *map(str, flags)])
-    return evaluation.evaluate(args)
+    return start(*given, *flags)
+
+
+def start(*flags):
+    """MNIST_eval.py in this process."""
+    return evaluation.run_evaluation(MNIST_eval.DEFAULTS, "", list(map(str, flags)))
 
 
 def attacks_of(path):
@@ -75,7 +78,7 @@ def attacks_of(path):
 
 
 def test_table_and_json_say_what_was_found(checkpoint, tmp_path, capsys, monkeypatch):
-    one_start = replace(GREY, pointwise_starts=1)
+    one_start = GREY._replace(pointwise_starts=1)
     monkeypatch.setattr(evaluation, "family", lambda dataset, channels: one_start)
     output = tmp_path / "results.json"
     names = ["fgsm", "PGD", "MPGD", "jsma", "DDNL2", "pointwise"]
@@ -152,7 +155,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(checkpoint, tmp_path, monkeyp
     straight, output = tmp_path / "straight.json", tmp_path / "results.json"
     assert evaluate(checkpoint, *flags, "--output", straight) == 0
 
-    plain, looked = evaluation.attack, []
+    plain, looked = evaluation.pgd, []
 
     def stopped(network, x, y, budget, **options):
         looked.extend((budget.num_steps, row) for row in options["index"].tolist())
@@ -160,17 +163,17 @@ def test_a_stopped_evaluation_goes_on_where_it_was(checkpoint, tmp_path, monkeyp
             raise KeyboardInterrupt
         return plain(network, x, y, budget, **options)
 
-    monkeypatch.setattr(evaluation, "attack", stopped)
+    monkeypatch.setattr(evaluation, "pgd", stopped)
     assert evaluate(checkpoint, *flags, "--output", output) == 130
-    assert "goes on" in capsys.readouterr().out
+    assert "continues from" in capsys.readouterr().out
     assert not output.exists()
     finished = set(looked[:-8])
     looked.clear()
     monkeypatch.setattr(
         evaluation,
-        "attack",
+        "pgd",
         lambda *a, **k: (
-            looked.extend((a[3].num_steps, r) for r in k["index"].tolist()) or plain(*a, **k)
+            looked.extend((k["budget"].num_steps, r) for r in k["index"].tolist()) or plain(*a, **k)
         ),
     )
     assert evaluate(checkpoint, *flags, "--output", output) == 0
@@ -179,25 +182,64 @@ def test_a_stopped_evaluation_goes_on_where_it_was(checkpoint, tmp_path, monkeyp
     assert not output.with_name("results.json.partial").exists()
 
 
-def test_the_store_refuses_what_is_not_its_own(tmp_path):
-    path = tmp_path / "results.json.partial"
-    store = VerdictStore(path, {"seed": 0})
-    record = store.record("PGD", 4, ("robust", "l2"))
-    record.put(torch.tensor([1, 3]), robust=torch.tensor([1, 0]), l2=torch.tensor([0.5, torch.inf]))
-    store.save(force=True)
-    again = VerdictStore(path, {"seed": 0}).record("PGD", 4, ("robust", "l2"))
-    assert again.open_rows().tolist() == [0, 2]
-    assert again.values["l2"][3] == torch.inf
-    assert len(VerdictStore(path, {"seed": 0}).record("MPGD", 4, ("robust",)).open_rows()) == 4
-    assert len(VerdictStore(path, {"seed": 0}).record("PGD", 5, ("robust",)).open_rows()) == 5
-    other = VerdictStore(path, {"seed": 1})
-    assert "not used" in other.note
-    assert json.loads(path.with_name(path.name + ".other").read_text())["key"] == {"seed": 0}
-    assert len(other.record("PGD", 4, ("robust", "l2")).open_rows()) == 4
-    for text in ("", "{", "[]", '{"key": {"seed": 0}, "records": {"PGD": 7}}'):
-        path.write_text(text)
-        broken = VerdictStore(path, {"seed": 0})
-        assert len(broken.record("PGD", 4, ("robust",)).open_rows()) == 4
+def test_the_store_knows_its_own(tmp_path):
+    output, identity = tmp_path / "results.json", {"seed": 0}
+    store = VerdictStore(output, identity)
+    values = {"robust": [1.0, 0.0], "l2": [0.5, float("inf")]}
+    store.add(attack="PGD", rows=[1, 3], values=values, seconds=2.0)
+    with pytest.raises(UserError, match="written by another"):
+        VerdictStore(output, identity)
+    assert VerdictStore(output, identity, write=False).lines("PGD")[0]["seconds"] == 2
+    store.close()
+    with open(f"{output}.partial", "ab") as file:
+        file.write(b'{"attack": "PGD", "rows": [0')  # a kill in the middle of a line
+    store = VerdictStore(output, identity)
+    (again,) = store.lines("PGD")
+    assert (again["rows"], again["values"]) == ([1, 3], values)
+    assert store.lines("MPGD") == []
+    store.add(attack="PGD", rows=[0], values={name: [1.0] for name in values}, seconds=1.0)
+    store.close()
+    lines = VerdictStore(output, identity).lines("PGD")
+    assert [line["seconds"] for line in lines] == [2, 1]
+
+
+@pytest.mark.parametrize("content", [b"x", b"{\n", b"[]\n", b'{"seed": 1}\n', b"\x80\n"])
+def test_the_store_refuses_what_is_not_its_own(tmp_path, content):
+    output = tmp_path / "results.json"
+    partial = output.with_name("results.json.partial")
+    partial.write_bytes(content)
+    with pytest.raises(UserError, match=r"results\.json\.partial"):
+        VerdictStore(output, {"seed": 0})
+    assert partial.read_bytes() == content
+
+
+def test_a_report_is_continued(checkpoint, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert evaluate(checkpoint, "--attack_method", "FGSM", "--output", output) == 0
+    first = json.loads(output.read_text())["attacks"]["FGSM"]
+    flags = ["--attack_method", "FGSM", "DDNL2", "--output", output]
+    assert evaluate(checkpoint, *flags) == 0
+    attacks = json.loads(output.read_text())["attacks"]
+    assert list(attacks) == ["FGSM", "DDNL2"]
+    assert attacks["FGSM"] == first
+    assert "FGSM: kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds FGSM at l_inf 0\.3"):
+        evaluate(checkpoint, "--attack_method", "FGSM", "--epsilon", 0.1, "--output", output)
+    for flags in (["--seed", 1], ["--num_examples", 23], ["--split", "train"]):
+        with pytest.raises(UserError, match="is the report of another"):
+            evaluate(checkpoint, "--attack_method", "FGSM", *flags, "--output", output)
+    assert json.loads(output.read_text())["attacks"] == attacks
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_output_never_replaces_anything_else(checkpoint, tmp_path):
+    other = tmp_path / "other"
+    for content in (checkpoint.read_bytes(), b"notes", b"{}", b'{"attacks": {}}', b""):
+        other.write_bytes(content)
+        with pytest.raises(UserError, match="no report"):
+            evaluate(checkpoint, "--output", other)
+        assert other.read_bytes() == content
+    assert os.listdir(tmp_path) == ["other"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,7 +298,8 @@ def test_autoattack_is_the_packages_standard_evaluation(norm, monkeypatch):
     assert 3 < ours.robust.sum() < 27
     assert [stage for stage, _ in stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert stages[0][1] == 27
-    assert ((ours.broken_by >= 0) == ~ours.robust)[3:].all()
+    assert ((ours.fell_to >= 0) == ~ours.robust)[3:].all()
+    assert torch.equal(network(ours.x_adv).argmax(1) == y, ours.robust)
 
 
 def test_autoattack_resumed_equals_straight(checkpoint, tmp_path, monkeypatch):
@@ -264,13 +307,14 @@ def test_autoattack_resumed_equals_straight(checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("pyautoattack")
     calls = []
 
-    def coin(network, x, y, name, ball, *, seed, on_stage):
+    def coin(network, x, y, name, ball, *, seed, index, on_stage):
+        seed += int(index[0]) // CHUNK
         calls.append((seed, len(x)))
         if len(calls) == 2 and interrupted:
             raise KeyboardInterrupt
         generator = torch.Generator().manual_seed(seed)
         robust = torch.rand(len(x), generator=generator) < 0.5
-        return library_attacks.Verdicts(robust, torch.where(robust, -1, 1), ())
+        return Verdicts(x, robust, torch.where(robust, -1, 1), [])
 
     monkeypatch.setattr(evaluation, "run_library", coin)
     flags = ["--attack_method", "AutoAttack", "--num_examples", 250]
@@ -301,13 +345,23 @@ def test_a_missing_package_is_one_line(checkpoint, monkeypatch):
         evaluate(checkpoint, "--attack_method", "Square")
 
 
+def test_square_under_l_2_takes_square_images(small_cnn):
+    x, y = torch.rand(2, 1, 28, 20), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(UserError, match="square images only under l_2, not 28x20"):
+        evaluation.evaluate(Tiny(), x, y, ["Square"], evaluation.Settings(norm="l_2"))
+
+
 # ---------------------------------------------------------------------------------------------
-# Sanity
+# Gradient masking
+
+
+def no_library(norm, shape):
+    raise UserError("not installed")
 
 
 def verdicts(network, x, y, budget, **options):
     return {
-        check.name.split()[0]: check for check in sanity_checks(network, x, y, budget, **options)
+        check.name.split()[0]: check for check in masking_checks(network, x, y, budget, **options)
     }
 
 
@@ -319,16 +373,16 @@ def test_sanity_passes_an_honest_network_and_warns_of_a_masked_one(monkeypatch):
             logits = super().forward(x)
             return (100 * logits).round() / 100 + 0 * logits
 
-    monkeypatch.setattr("utils.sanity.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.attacks.masking.require_library", no_library)
     honest, masked = Tiny().eval(), Masked().eval()
     masked.load_state_dict(honest.state_dict())
     x = torch.rand(40, 1, 6, 6)
     y = honest(x).argmax(1)
     budget = Budget("l_inf", 0.05, 20, 0.01)
-    found = verdicts(honest, x, y, budget, undefended=Tiny())
+    found = verdicts(honest, x, y, budget, transfer_from=Tiny())
     assert found.pop("the").verdict == "SKIP"
     assert {check.verdict for check in found.values()} == {"PASS"}, found
-    found = verdicts(masked, x, y, budget, undefended=honest)
+    found = verdicts(masked, x, y, budget, transfer_from=honest)
     assert found["input"].verdict == "WARN"
     assert found["input"].figures["zero_percent"] > 90
     assert found["accuracy"].verdict == "WARN"
@@ -336,8 +390,8 @@ def test_sanity_passes_an_honest_network_and_warns_of_a_masked_one(monkeypatch):
 
 
 def test_sanity_sees_modes_that_have_parted(monkeypatch):
-    monkeypatch.setattr("utils.sanity.EXAMPLES", 4)
-    monkeypatch.setattr("utils.sanity.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.attacks.masking.EXAMPLES", 4)
+    monkeypatch.setattr("utils.attacks.masking.require_library", no_library)
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 10)).eval()
     x, budget = torch.rand(400, 1, 6, 6), Budget("l_inf", 0.01, 1, 0.01)
     network[1].running_mean.copy_(x.flatten(1).mean(0))
@@ -351,8 +405,8 @@ def test_sanity_sees_modes_that_have_parted(monkeypatch):
 
 
 def test_sanity_is_in_the_results(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("utils.sanity.EXAMPLES", 4)
-    monkeypatch.setattr("utils.sanity.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.attacks.masking.EXAMPLES", 4)
+    monkeypatch.setattr("utils.attacks.masking.require_library", no_library)
     output = tmp_path / "results.json"
     flags = ["--attack_method", "FGSM", "--num_steps", 2, "--sanity", "--output", output]
     assert evaluate(checkpoint, *flags, "--transfer_from", checkpoint) == 0
@@ -377,14 +431,14 @@ def test_wrong_files(flags, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.txt").write_text("not a checkpoint")
     with pytest.raises(UserError, match=line):
-        evaluation.evaluate(parse_evaluation(MNIST_eval.DEFAULTS, flags))
+        start(*flags)
 
 
 def test_a_network_for_other_images(tmp_path):
     network = build_model("resnet", depth=8)
     path = tmp_path / "colour.pth.tar"
     save_checkpoint(path, {"epoch": 1, "state_dict": network.state_dict(), "arch": network.arch})
-    with pytest.raises(UserError, match=r"network for 3 channels.*digits has 1"):
+    with pytest.raises(UserError, match=r"network for 3 channels, .*digits has 1"):
         evaluate(path)
     with pytest.raises(UserError, match="holds resnet, asked was small_cnn"):
         evaluate(path, "--arch", "small_cnn")
@@ -429,21 +483,227 @@ def test_a_script_as_typed(run_script, checkpoint, tmp_path):
 
 def test_the_originals_mnist_network_reaches_its_figures(data_dir, reference_dir, tmp_path):
     output = tmp_path / "results.json"
-    args = parse_evaluation(
-        MNIST_eval.DEFAULTS,
-        ["--model_path", str(reference_dir / "original_mnist.pth.tar"), "--data_dir",
+    assert start(
+        "--model_path", str(reference_dir / "original_mnist.pth.tar"), "--data_dir",
          str(data_dir), "--attack_method", "FGSM", "--num_examples", "400", "--output",
-         str(output)],
-    )  # fmt: skip
-    assert evaluation.evaluate(args) == 0
+         str(output)
+    ) == 0  # fmt: skip
     report = json.loads(output.read_text())
     assert report["clean_accuracy"] == pytest.approx(99.51, abs=0.6)
     assert report["attacks"]["FGSM"]["robust_accuracy"] == pytest.approx(97.4, abs=2)
 
 
-def test_defaults_of_both_scripts():
-    for module in (MNIST_eval, cifar_eval):
-        args = parse_evaluation(module.DEFAULTS, ["--model_path", "x"])
-        assert args.attack_method == ["PGD"]
-        assert args.epsilon is args.num_steps is args.step_size is None
-        assert args.test_batch == 200
+# ---------------------------------------------------------------------------------------------
+# What a checkpoint states
+
+
+def stating(checkpoint, folder, **statement):
+    """The checkpoint with a statement about its training, in a run folder of its own."""
+    content = torch.load(checkpoint, weights_only=True)
+    folder.mkdir()
+    save_checkpoint(folder / "model_best.pth.tar", {**content, **statement})
+    return folder
+
+
+def run(path, *flags):
+    """Eight images under FGSM, with no word about the dataset."""
+    return start("--model_path", path, "--num_examples", 8, "--attack_method", "FGSM", *flags)
+
+
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def test_a_run_folder_states_dataset_norm_and_radius(checkpoint, tmp_path, capsys):
+    flags = {"dataset": "digits", "norm": "l_2", "epsilon": 0.7, "probe_epsilon": 0.9}
+    folder = stating(checkpoint, tmp_path / "run", dataset="digits", classes=DIGITS, args=flags)
+    assert run(folder) == 0
+    printed = capsys.readouterr().out
+    assert "test images of digits" in printed
+    assert "l_2 0.9," in printed
+    assert "note" not in printed
+    assert run(folder, "--epsilon", 0.7) == 0
+    assert "note: --epsilon 0.7, the checkpoint states 0.9\n" in capsys.readouterr().out
+    assert run(folder, "--epsilon", 2) == 0
+    with pytest.raises(UserError, match="--epsilon 2"):
+        run(folder, "--epsilon", 2, "--norm", "l_inf")
+    assert run(folder, "--norm", "l_inf") == 0
+    printed = capsys.readouterr().out
+    assert "note: --norm l_inf, the checkpoint states l_2\n" in printed
+    assert "l_inf 0.3," in printed  # the dataset's own, not the other norm's
+
+
+@pytest.mark.parametrize(
+    ("statement", "flags", "words"),
+    [
+        ({"dataset": "FashionMNIST"}, ["-d", "digits"], "its dataset is FashionMNIST"),
+        ({"dataset": "cifar10 (image folder, JPEG)"}, ["-d", "digits"], "its dataset is cifar10"),
+        ({"dataset": "MNIST", "classes": DIGITS}, ["-d", "digits"], "its dataset is MNIST"),
+        ({"classes": DIGITS[::-1]}, ["-d", "digits"], "its class '9' is '0' in the data"),
+        (
+            {"dataset": "mine (image folder)", "classes": ["a", "b"]},
+            ["-d", "digits"],
+            "its class 'a' is '0'",
+        ),
+    ],
+)
+def test_another_dataset_or_other_classes_are_refused(
+    checkpoint, tmp_path, capsys, statement, flags, words
+):
+    folder = stating(checkpoint, tmp_path / "run", **statement)
+    with pytest.raises(UserError, match=f"{words}.*--force takes the data anyhow"):
+        run(folder, *flags)
+    assert run(folder, "-d", "digits", "--force") == 0
+
+
+def test_a_folder_goes_by_its_classes(checkpoint, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for name in DIGITS:
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / "data" / "test" / name / "0.png")
+    folder = stating(checkpoint, tmp_path / "run", dataset="MNIST", classes=DIGITS)
+    flags = ["-d", "folder", "--data_dir", tmp_path / "data"]
+    assert run(folder, *flags) == 0
+    (tmp_path / "data" / "test" / "9").rename(tmp_path / "data" / "test" / "Z")
+    with pytest.raises(UserError, match="its class '9' is 'Z' in the data"):
+        run(folder, *flags)
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks of the user's own
+
+
+MINE = """
+import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x):
+        assert MEAN is None or x.min() < 0
+        return self.layer(x.flatten(1))
+
+MEAN = None
+
+def make():
+    torch.manual_seed(0)
+    return Mine()
+
+number = 3
+"""
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_a_network_of_the_users_own(tmp_path, monkeypatch, digits_test, with_weights):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"mine_{with_weights}"
+    (tmp_path / f"{name}.py").write_text(MINE)
+    flags = ["--network", f"{name}:make", "-d", "digits", "--attack_method", "FGSM"]
+    output = tmp_path / "results.json"
+    network = __import__(name).make()
+    if with_weights:
+        nn.init.normal_(network.layer.weight)
+        save_checkpoint("weights.pth", {"state_dict": network.state_dict()})
+        flags += ["--model_path", "weights.pth"]
+    flags += ["--mean", "0.5", "--std", "0.25", "--output", str(output)]
+    assert start(*flags) == 0
+    x = (digits_test.float_images() - 0.5) / 0.25
+    right = (network(x).argmax(1) == digits_test.labels).sum()
+    report = json.loads(output.read_text())
+    assert report["clean_accuracy"] == pytest.approx(100 * int(right) / len(x))
+    assert "mine" in report["network"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network", "nowhere_at_all:make"], "No module named 'nowhere_at_all'"),
+        (["--network", "math:make"], "math.*has no attribute 'make'"),
+        (["--network", "os:getpid"], "returned int, not an nn.Module"),
+        (["--network", "utils.evaluation:Attack"], "Attack.*: missing a required argument"),
+        (["--network", "torch.nn:Identity"], "cannot|knows"),
+        (["--arch", "timm:no_such_net", "--model_path", "x.pth"], "timm"),
+    ],
+)
+def test_networks_that_are_none(checkpoint, flags, words):
+    flags = [str(checkpoint) if flag == "x.pth" else flag for flag in flags]
+    with pytest.raises(UserError, match=words):
+        start(*flags, "-d", "digits")
+
+
+def test_evaluate_as_a_function(digits_network, digits_test):
+    data = digits_test.head(12)
+    options = evaluation.Settings(epsilon=0.1, num_steps=3)
+    report = evaluation.evaluate(
+        digits_network.train(), data.float_images(), data.labels, ["PGD", "DDNL2"], options
+    )
+    assert report == {
+        **report,
+        **evaluation.evaluate(digits_network, data.images, data.labels, ["PGD"], options)
+        | {"attacks": report["attacks"]},
+    }
+    table = evaluation.results_table(report["attacks"])
+    assert [line.split()[0] for line in table.splitlines()[2:4]] == ["PGD", "DDNL2"]
+    with pytest.raises(UserError, match="unknown"):
+        evaluation.evaluate(digits_network, data.images, data.labels, ["PDG"])
+    with pytest.raises(UserError, match="cannot take images of 1x8x8"):
+        evaluation.evaluate(digits_network, torch.rand(2, 1, 8, 8), data.labels[:2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Attacked images, the training split, notes
+
+
+def test_attacked_images_are_saved(checkpoint, digits_network, digits_test, tmp_path):
+    names = ["FGSM", "PGD", "DDNL2"]
+    flags = ["--attack_method", *names, "--epsilon", 0.2, "--num_steps", 5]
+    output, folder = tmp_path / "results.json", tmp_path / "images"
+    for _ in range(2):  # again, although the report is there
+        assert evaluate(checkpoint, *flags, "--output", output, "--save_adversarial", folder) == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{name}.{kind}" for name in names for kind in ("npy", "png")
+    )
+    report, data = json.loads(output.read_text()), digits_test.head(24)
+    for name in names:
+        x_adv = torch.from_numpy(np.load(folder / f"{name}.npy"))
+        wrong = digits_network(x_adv).argmax(1) != data.labels
+        if name != "DDNL2":
+            assert (x_adv - data.float_images()).abs().max() <= 0.2 + 1e-6
+            robust = report["attacks"][name]["robust_accuracy"]
+            assert 100 - 100 * int(wrong.sum()) / 24 == pytest.approx(robust)
+        assert wrong.any()
+
+
+def test_the_training_split(checkpoint, tmp_path, digits_network, digits_train):
+    output = tmp_path / "results.json"
+    assert evaluate(checkpoint, "--split", "train", "--output", output) == 0
+    data = digits_train.head(24)
+    right = digits_network(data.float_images()).argmax(1) == data.labels
+    report = json.loads(output.read_text())
+    assert report["clean_accuracy"] == pytest.approx(100 * int(right.sum()) / 24)
+    assert (report["split"], report["test_set"]) == ("train", len(digits_train))
+
+
+def test_a_note_where_settings_make_no_sense(checkpoint, capsys):
+    assert evaluate(checkpoint, "--attack_method", "PGD", "--step_size", 2) == 0
+    assert capsys.readouterr().out.count("note: ") == 1
+    assert evaluate(checkpoint, "--attack_method", "PGD", "--norm", "l_2", "--epsilon", 0.3) == 0
+    assert capsys.readouterr().out.count("note: ") == 1
+    assert evaluate(checkpoint, "--attack_method", "FGSM", "PGD") == 0
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(checkpoint, monkeypatch, capsys):
+    class Impatient(evaluation.Bar):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.mininterval = self.delay = 0
+
+    monkeypatch.setattr(evaluation, "Bar", Impatient)
+    assert evaluate(checkpoint, "--attack_method", "PGD", "--num_steps", 3) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("PGD")]
+    assert len(lines) > 3  # one for each pass of the network
+    assert not any("\r" in line for line in lines)

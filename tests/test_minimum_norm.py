@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from models import build_model
-from utils.minimum_norm import _best_pair, ddn, jsma, measure, pointwise, random_targets
+from utils.attacks.gradient import sample_generator
+from utils.attacks.minimum_norm import _best_pair, ddn, jsma, measure, pointwise, random_targets
 
 
 class Linear(nn.Module):
@@ -92,12 +93,17 @@ def test_best_pair_is_the_best_of_all_pairs(ties):
 
 def test_targets_are_any_class_but_the_true_one():
     y = torch.arange(10).repeat(100)
-    targets = random_targets(y, 10, 0, torch.arange(1000))
-    assert (targets != y).all()
-    assert set(targets.tolist()) == set(range(10))
-    assert torch.equal(targets, random_targets(y, 10, 0, torch.arange(1000)))
-    assert torch.equal(targets[7:9], random_targets(y[7:9], 10, 0, torch.arange(7, 9)))
-    assert not torch.equal(targets, random_targets(y, 10, 1, torch.arange(1000)))
+
+    def targets(rows, seed=0):
+        drawn = [sample_generator(seed, row, 1) for row in rows]
+        return random_targets(y[list(rows)], 10, drawn)
+
+    found = targets(range(1000))
+    assert (found != y).all()
+    assert set(found.tolist()) == set(range(10))
+    assert torch.equal(found, targets(range(1000)))
+    assert torch.equal(found[7:9], targets(range(7, 9)))
+    assert not torch.equal(found, targets(range(1000), seed=1))
 
 
 def test_jsma_raises_as_few_values_as_there_must_be(rising):

@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.attacks import attack, family, gradient_budget, percent
-from utils.data import load_dataset
-from utils.image_folder import find_image_folder
-from utils.runs import load_network, read_log, sha256_of
+from utils.attacks import family, gradient_budget, percent, pgd
+from utils.checkpoints import load_network, sha256_of
+from utils.datasets import find_image_folder, load_dataset
+from utils.run_folder import read_log
 
 PLACE = Path(__file__).resolve().parent.parent / "savedModel"
 SUMS, RESULTS = "SHA256SUMS", "results.json"
@@ -59,7 +59,10 @@ def wrong_sums(place: Path) -> list[str]:
 
 
 MODELS = checkpoints(PLACE)
-BEST = [name for name in MODELS if name.endswith("model_best.pth.tar")]
+# A published path may hold a copy of another run's network; a note beside it names that run.
+COPIES = [name for name in MODELS if (PLACE / name).with_name("NOTE.md").exists()]
+OWN = [name for name in MODELS if name not in COPIES]
+BEST = [name for name in OWN if name.endswith("model_best.pth.tar")]
 published = pytest.mark.skipif(not MODELS, reason="savedModel/ holds no networks")
 
 
@@ -98,8 +101,17 @@ def test_the_sums():
     assert wrong_sums(PLACE) == []
 
 
+@pytest.mark.skipif(not COPIES, reason="savedModel/ holds no copies")
+@pytest.mark.parametrize("name", COPIES or ["none"])
+def test_a_copy_is_of_the_network_that_its_note_names(name):
+    copy = PLACE / name
+    run = re.search(r"`(\.\./[^`]+)/`", copy.with_name("NOTE.md").read_text())[1]
+    assert sha256_of(copy) == sha256_of(copy.parent / run / copy.name)
+    assert not copy.with_name("scalars").exists()  # TensorBoard would list the run twice
+
+
 @published
-@pytest.mark.parametrize("name", MODELS or ["none"])
+@pytest.mark.parametrize("name", OWN or ["none"])
 def test_a_network_is_whole(name):
     """It loads, carries its architecture, and lies beside the record of its run."""
     network, checkpoint = load_network(PLACE / name)
@@ -159,6 +171,6 @@ def test_a_network_is_as_good_as_published(name, data_dir):
         y = data.labels[rows]
         with torch.no_grad():
             clean += int((network(x).argmax(1) == y).sum())
-        robust += int(attack(network, x, y, budget, seed=0, index=rows).robust.sum())
+        robust += int(pgd(network, x, y, budget, seed=0, index=rows).robust.sum())
     assert percent(clean, len(data)) == pytest.approx(entry["clean"], abs=TOLERANCE)
     assert percent(robust, len(data)) == pytest.approx(entry["pgd"], abs=TOLERANCE)

@@ -1,544 +1,470 @@
-"""The evaluation scripts' work: one checkpoint under a list of attacks, one table, one JSON file.
+"""A network under a list of attacks: one table, one JSON report.
 
-Every attack is a function from a few images to verdicts image by image (:class:`Plan`); the rest,
-batches, processes, resuming, counting, is the same for all.
+:func:`evaluate` takes any network and images in memory; :func:`run_evaluation` is the main of the
+evaluation scripts. Every attack is a function from a few images to verdicts image by image
+(:class:`Attack`); the rest, batches, processes, resuming, counting, is the same for all.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import hashlib
+import importlib
+import inspect
 import json
 import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from utils.attacks import (
-    DDN_STEPS,
-    GRADIENT_ATTACKS,
-    JSMA_GAMMA,
-    JSMA_THETA,
-    LIBRARY_ATTACKS,
-    SQUARE_QUERIES,
-    Family,
-    attack,
-    family,
-    gradient_budget,
-    misclassified,
-    percent,
-)
-from utils.ball import Ball
-from utils.data import ImageSet, load_dataset
+from utils import checkpoints
+from utils.attacks import budgets, family, gradient_budget, logits_of, misclassified, percent, pgd
+from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Family
+from utils.attacks.library import CHUNK, STAGES, require_library, run_library
+from utils.attacks.masking import masking_checks
+from utils.attacks.minimum_norm import ddn, jsma, pointwise
+from utils.data import ImageSet
+from utils.datasets import load_dataset
 from utils.errors import UserError
-from utils.library_attacks import CHUNK, STAGES, library_version, run_library
-from utils.minimum_norm import Distances, ddn, jsma, pointwise
-from utils.runs import load_network, sha256_of, write_atomic
-from utils.runtime import World, versions, world
-from utils.sanity import Check, sanity_checks
-from utils.verdict_store import Record, VerdictStore
+from utils.evaluation_options import apply_statement, parse_evaluation
+from utils.options import doubtful_steps
+from utils.progress import Bar
+from utils.run_folder import BEST
+from utils.runtime import Processes, processes, versions
+from utils.tables import number, text_table
+from utils.verdict_store import VerdictStore
 
 DISTANCES = ("l0", "l2", "l_inf")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a network in eval mode and images it has been asked about."""
+class Settings(NamedTuple):
+    """What the attacks may do; None stands for the defaults of the dataset and of each attack."""
 
-    network: nn.Module
-    data: ImageSet
-    correct: Tensor  # [N] bool, right on the clean image
-
-    def images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float [n, C, H, W] and labels [n], on the network's device."""
-        rows = rows.to(self.data.device)
-        x = self.data.float_images(rows).contiguous(memory_format=torch.channels_last)
-        return x, self.data.labels[rows]
-
-    @property
-    def clean_accuracy(self) -> float:
-        return percent(int(self.correct.sum()), len(self.correct))
+    norm: str = "l_inf"
+    epsilon: float | None = None
+    num_steps: int | None = None
+    step_size: float | None = None
+    restarts: int = 1
+    seed: int = 0
 
 
-# Rows of the dataset -> what was found about each of them, [n] by name.
-Look = Callable[[Subject, Tensor], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One attack with all its settings.
-
-    Attributes:
-        name: as published.
-        look: does the attack.
-        budget: everything that ``look`` depends on, for the results.
-        shown: the same in a few words, for the table.
-        columns: names that ``look`` returns; "robust" is among them.
-        chunk: images that belong together, for attacks whose images share random numbers.
-    """
+class Attack(NamedTuple):
+    """One attack with all its settings."""
 
     name: str
-    look: Look
-    budget: dict[str, Any]
-    shown: str
-    columns: tuple[str, ...] = ("robust",)
-    chunk: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        """Attack and settings as one string."""
-        return f"{self.name} {json.dumps(self.budget, sort_keys=True)}"
+    run: Callable[..., NamedTuple]  # network, x, y, index= -> x_adv, and by column [n]
+    budget: dict[str, Any]  # all that ``run`` depends on, for the report; "shown": in a few words
+    columns: tuple[str, ...]
+    chunk: int | None  # images that belong together, where images share random numbers
+    notes: list[str]
 
 
-# ---------------------------------------------------------------------------------------------
-# The attacks as plans
-
-
-def make_plan(name: str, args: argparse.Namespace, defaults: Family, subject: Subject) -> Plan:
-    """The attack of a published name with the command line's settings.
-
-    Raises:
-        UserError: a package is missing, or the settings make no sense for this attack.
-    """
+def make_attack(name: str, settings: Settings, defaults: Family, shape: torch.Size) -> Attack:
+    """The attack of a published name; UserError if there is none that can attack such images."""
+    columns, chunk, notes = ("robust",), None, []
     if name in GRADIENT_ATTACKS:
-        return _gradient_plan(name, args, defaults)
-    if name in LIBRARY_ATTACKS:
-        return _library_plan(name, args, defaults)
-    return _minimum_norm_plan(name, args, defaults, subject)
-
-
-def _gradient_plan(name: str, args: argparse.Namespace, defaults: Family) -> Plan:
-    budget = gradient_budget(
-        name,
-        defaults,
-        args.norm,
-        epsilon=args.epsilon,
-        num_steps=args.num_steps,
-        step_size=args.step_size,
-        restarts=args.restarts,
-    )
-
-    def look(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
-        x, y = subject.images(rows)
-        found = attack(subject.network, x, y, budget, seed=args.seed, index=rows)
-        return {"robust": found.robust}
-
-    notes = []
-    if name != "FGSM" and 0 < budget.num_steps * budget.step_size < budget.epsilon:
-        reach = budget.num_steps * budget.step_size
-        notes.append(f"{name}: all steps together reach {reach:.4g}, epsilon is {budget.epsilon:g}")
-    return Plan(name, look, asdict(budget), str(budget), notes=notes)
-
-
-def _library_plan(name: str, args: argparse.Namespace, defaults: Family) -> Plan:
-    package = library_version()
-    epsilon = defaults.norm(args.norm).epsilon if args.epsilon is None else args.epsilon
-    ball = Ball(args.norm, epsilon)
-    budget: dict[str, Any] = {
-        "norm": args.norm,
-        "epsilon": epsilon,
-        "version": "standard",
-        "stages": list(STAGES[name]),
-        "chunk": CHUNK,
-        "package": package,
-    }
-    shown = f"{args.norm} {epsilon:.4g}, " + (
-        "standard" if name == "AutoAttack" else f"{SQUARE_QUERIES} queries"
-    )
-    plan_notes: list[str] = []
-
-    def look(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
-        x, y = subject.images(rows)
-        seed = args.seed + int(rows[0]) // CHUNK
-        found = run_library(subject.network, x, y, name, ball, seed=seed, on_stage=_Progress.stage)
-        plan_notes.extend(line for line in found.warnings if line not in plan_notes)
-        return {"robust": found.robust, "broken_by": found.broken_by}
-
-    return Plan(name, look, budget, shown, ("robust", "broken_by"), CHUNK, plan_notes)
-
-
-def _minimum_norm_plan(
-    name: str, args: argparse.Namespace, defaults: Family, subject: Subject
-) -> Plan:
-    l0_radius = args.l0_radius or defaults.l0_radius
-    l2_radius = args.l2_radius or defaults.l2_radius
-    norm, radius = ("l2", l2_radius) if name == "DDNL2" else ("l0", l0_radius)
-    run: Callable[[nn.Module, Tensor, Tensor, Tensor], Distances]
-    if name == "JSMA":
-        budget: dict[str, Any] = {"theta": JSMA_THETA, "gamma": JSMA_GAMMA}
-        settings = f"theta {JSMA_THETA:g}, gamma {JSMA_GAMMA:g}"
-
-        def run(network: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> Distances:
-            return jsma(
-                network, x, y, theta=JSMA_THETA, gamma=JSMA_GAMMA, seed=args.seed, index=rows
-            )
-
-    elif name == "DDNL2":
-        steps = DDN_STEPS if args.num_steps is None else args.num_steps
-        budget, settings = {"num_steps": steps}, f"{steps} steps"
-
-        def run(network: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> Distances:
-            return ddn(network, x, y, num_steps=steps, seed=args.seed, index=rows)
-
+        steps = gradient_budget(name, defaults, *settings[:5])
+        run, budget, shown = partial(pgd, budget=steps), asdict(steps), str(steps)
+        notes = doubtful_steps(steps.norm, steps.epsilon, steps.num_steps, steps.step_size)
+    elif name in LIBRARY_ATTACKS:
+        ball = gradient_budget("FGSM", defaults, *settings[:5]).ball
+        run, chunk = partial(run_library, name=name, ball=ball), CHUNK
+        columns = ("robust", "fell_to")
+        budget = {**asdict(ball), "version": "standard", "stages": list(STAGES[name])}
+        budget |= {"chunk": CHUNK, "package": require_library(ball.norm, shape)}
+        kind = "standard" if name == "AutoAttack" else f"{budgets.SQUARE_QUERIES} queries"
+        shown = f"{ball.norm} {ball.epsilon:.4g}, {kind}"
+    elif name in ATTACKS:
+        steps, columns = settings.num_steps, DISTANCES
+        attack, norm, budget = {
+            "JSMA": (jsma, "l0", {"theta": budgets.JSMA_THETA, "gamma": budgets.JSMA_GAMMA}),
+            "DDNL2": (ddn, "l2", {"num_steps": budgets.DDN_STEPS if steps is None else steps}),
+            "point-wise": (pointwise, "l0", {"starts": defaults.pointwise_starts}),
+        }[name]
+        run, radius = partial(attack, **budget), getattr(defaults, f"{norm}_radius")
+        words = ", ".join(f"{key} {value:g}" for key, value in budget.items())
+        shown = f"{norm} {radius:g}; {words}"
+        budget |= {"radius_norm": norm, "radius": radius}
     else:
-        starts = defaults.pointwise_starts
-        budget, settings = {"starts": starts}, f"{starts} starts"
-        donors = _donors(subject)
-
-        def run(network: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> Distances:
-            return pointwise(
-                network, x, y, starts=starts, seed=args.seed, index=rows, donors=donors
-            )
-
-    def look(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
-        found = run(subject.network, *subject.images(rows), rows)
-        distance = getattr(found, norm)
-        return {
-            "robust": ~(distance <= radius),
-            "l0": found.l0,
-            "l2": found.l2,
-            "l_inf": found.l_inf,
-        }
-
-    budget |= {"radius_norm": norm, "radius": radius}
-    shown = f"{norm} {radius:g}; {settings}"
-    return Plan(name, look, budget, shown, ("robust", *DISTANCES))
+        raise UserError(f"attack {name!r} is unknown, allowed are {', '.join(ATTACKS)}")
+    run = partial(run, seed=settings.seed)
+    return Attack(name, run, {"shown": shown, **budget}, columns, chunk, notes)
 
 
-def _donors(subject: Subject) -> Tensor:
-    """The first image of each class that the network gets right, to start point-wise from."""
-    labels = subject.data.labels.cpu()
-    right = subject.correct.nonzero()[:, 0]
-    first = {int(label): row for row, label in reversed(list(zip(right, labels[right])))}
-    rows = torch.tensor([int(first[label]) for label in sorted(first)], dtype=torch.long)
-    return subject.images(rows)[0]
+def _floats(images: Tensor) -> Tensor:
+    x = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------
-# Doing the work
+@dataclass
+class _Subject:
+    """A network and the images that it is asked about; all processes share in the work."""
+
+    network: nn.Module
+    images: Tensor
+    labels: Tensor
+    batch: int
+    process: Processes
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.to(self.images.device)
+        return _floats(self.images[rows]), self.labels[rows]
+
+    def shared(
+        self, work: Callable[[Tensor], Tensor], units: Sequence[Tensor], columns: int, bar: Bar
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``work`` on rows of the dataset, [n] -> [n, columns], a unit at a time for each process.
+
+        Yields rows and float64 values of all processes.
+        """
+        rank, size = self.process.rank, self.process.size
+        # The bar lives with each pass of the network, however long a batch takes.
+        with bar, self.network.register_forward_hook(lambda *_: bar.update(0) and None):
+            for share in (units[first : first + size] for first in range(0, len(units), size)):
+                found = [torch.zeros(len(rows), columns) for rows in share]
+                if rank < len(share):
+                    found[rank] = work(share[rank]).cpu()
+                total = self.process.sum(*torch.cat(found).double().flatten().tolist())
+                rows = torch.cat(share)
+                yield rows, torch.tensor(total, dtype=torch.float64).view(-1, columns)
+                bar.update(len(rows))
+
+    def bar(self, name: str, total: int, done: int = 0) -> Bar:
+        options = {"miniters": 0, "unit": "image", "shown": self.process.is_main}
+        return Bar(desc=name, total=total, initial=done, **options)
+
+    def clean(self) -> Tensor:
+        """[N] bool: which images the network gets right; UserError if it does not suit them."""
+        try:
+            classes = logits_of(self.network, self.rows(torch.arange(1))[0]).shape[1]
+        except (RuntimeError, ValueError) as error:
+            size, reason = "x".join(map(str, self.images.shape[1:])), str(error).partition("\n")[0]
+            raise UserError(f"the network cannot take images of {size}: {reason}") from None
+        if (largest := int(self.labels.max())) >= classes:
+            raise UserError(f"the network knows {classes} classes, a label is {largest}")
+
+        def work(rows: Tensor) -> Tensor:
+            return ~misclassified(self.network, *self.rows(rows))[:, None]
+
+        right = torch.zeros(len(self.labels), dtype=torch.bool)
+        units = torch.arange(len(right)).split(self.batch)
+        bar = self.bar("clean images", len(right))
+        for rows, found in self.shared(work, units, 1, bar):
+            right[rows] = found[:, 0] > 0
+        return right
+
+    def attack(
+        self, attack: Attack, right: Tensor, store: VerdictStore, saved: Tensor | None
+    ) -> tuple[dict[str, Tensor], float]:
+        """Attack every image that is ``right`` and not attacked yet.
+
+        Returns by column float64 [N], 0 for images that were wrong before, and the seconds it
+        took. The attacked images replace those of ``saved``.
+        """
+        names, count, seconds, extra = attack.columns, int(right.sum()), 0.0, {}
+        key = f"{attack.name} {json.dumps(attack.budget, sort_keys=True)}"
+        values = torch.full((len(names), len(right)), torch.nan, dtype=torch.float64)
+        values[:, ~right] = 0
+        for line in store.lines(key) if saved is None else []:
+            for name, column in zip(names, values):
+                column[line["rows"]] = torch.tensor(line["values"][name], dtype=torch.float64)
+            seconds, attack.notes[:] = seconds + line["seconds"], line["notes"]
+        rows = values[0].isnan().nonzero()[:, 0]
+        units = rows.split(self.batch) if len(rows) else ()
+        if attack.chunk:  # fixed parts of the dataset, whatever of them is still to do
+            chunks = rows // attack.chunk
+            units = [rows[chunks == chunk] for chunk in chunks.unique()]
+        if attack.name == "point-wise":
+            first = {int(self.labels[i]): i for i in reversed(right.nonzero()[:, 0].tolist())}
+            extra["donors"] = self.rows(torch.tensor(sorted(first.values())).long())[0]
+
+        bar = self.bar(attack.name, count, count - len(rows))
+        if attack.chunk:
+            extra["on_stage"] = lambda name, left: bar.set_postfix_str(f"{name}: {left}", False)
+
+        def work(rows: Tensor) -> Tensor:
+            found = attack.run(self.network, *self.rows(rows), index=rows, **extra)
+            if saved is not None:
+                saved[rows] = found.x_adv.cpu()
+            attack.notes[:] = dict.fromkeys((*attack.notes, *getattr(found, "warnings", ())))
+            return torch.stack([getattr(found, name).cpu().double() for name in names], 1)
+
+        began = time.perf_counter()
+        for rows, found in self.shared(work, units, len(names), bar):
+            took, began = time.perf_counter() - began, time.perf_counter()
+            values[:, rows], seconds = found.T, seconds + took
+            line = {"rows": rows.tolist(), "values": dict(zip(names, found.T.tolist()))}
+            store.add(attack=key, **line, seconds=took, notes=attack.notes)
+        return dict(zip(names, values)), seconds
 
 
-class _Progress:
-    """A bar on stderr, if that is a terminal; class-wide, so that a stage can be shown."""
-
-    bar: tqdm | None = None
-
-    @classmethod
-    def start(cls, name: str, total: int, done: int, shown: bool) -> tqdm:
-        cls.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=name,
-            unit="image",
-            disable=not (shown and sys.stderr.isatty()),
-            dynamic_ncols=True,
-            leave=False,
-        )
-        return cls.bar
-
-    @classmethod
-    def stage(cls, stage: str, standing: int) -> None:
-        if cls.bar is not None:
-            cls.bar.set_postfix_str(f"{stage}, {standing} standing")
-
-
-def clean_verdicts(network: nn.Module, data: ImageSet, batch: int, here: World) -> Tensor:
-    """[N] bool: which images the network gets right.
-
-    Raises:
-        UserError: it answers with numbers that are not finite.
-    """
-    right = torch.zeros(len(data), dtype=torch.float64)
-    starts = range(here.rank * batch, len(data), here.size * batch)
-    for start in starts:
-        chosen = slice(start, start + batch)
-        x = data.float_images(chosen).contiguous(memory_format=torch.channels_last)
-        right[chosen] = (~misclassified(network, x, data.labels[chosen])).double().cpu()
-    return _over_processes(right, here) > 0
-
-
-def _over_processes(values: Tensor, here: World) -> Tensor:
-    """The sum over all processes of float64 values, each entered by one of them."""
-    return torch.tensor(here.sum(*values.tolist()), dtype=torch.float64)
-
-
-def _units(plan: Plan, rows: Tensor, batch: int) -> list[Tensor]:
-    """Rows that are attacked together; a fixed chunk of the dataset where the attack needs it."""
-    if plan.chunk is None:
-        return list(rows.split(batch)) if len(rows) else []
-    number = rows // plan.chunk
-    return [rows[number == chunk] for chunk in number.unique()]
-
-
-def run_plan(plan: Plan, subject: Subject, store: VerdictStore, here: World, batch: int) -> Record:
-    """Attack every image that is right and has not been attacked yet; all processes share in it."""
-    record = store.record(plan.key, len(subject.data), plan.columns)
-    plan.notes.extend(note for note in record.notes if note not in plan.notes)
-    wrong = (~subject.correct).nonzero()[:, 0]
-    record.put(wrong, **{name: torch.zeros(len(wrong)) for name in plan.columns})
-    units = _units(plan, record.open_rows(), batch)
-    total = int(subject.correct.sum())
-    done = total - sum(len(unit) for unit in units)
-    with _Progress.start(plan.name, total, done, here.is_main) as bar:
-        for first in range(0, len(units), here.size):
-            began = time.perf_counter()
-            share = units[first : first + here.size]
-            rows = torch.cat(share)
-            found = {name: torch.zeros(len(rows), dtype=torch.float64) for name in plan.columns}
-            if here.rank < len(share):
-                mine = plan.look(subject, share[here.rank])
-                before = sum(len(unit) for unit in share[: here.rank])
-                for name, values in mine.items():
-                    found[name][before : before + len(values)] = values.double().cpu()
-            found = {name: _over_processes(values, here) for name, values in found.items()}
-            record.put(rows, **found)
-            record.seconds += time.perf_counter() - began
-            record.notes = list(plan.notes)
-            store.save()
-            bar.update(len(rows))
-    store.save(force=True)
-    return record
-
-
-def summarize(plan: Plan, record: Record, subject: Subject) -> dict[str, Any]:
-    """One attack's entry in the results; accuracies in percent of all selected images."""
-    count = len(subject.data)
-    robust = record.values["robust"] > 0
+def summarize(
+    attack: Attack, values: dict[str, Tensor], correct: Tensor, seconds: float
+) -> dict[str, Any]:
+    """One attack's entry in the report; accuracies in percent of all images."""
+    count, budget = len(correct), attack.budget
+    if minimum_norm := attack.columns == DISTANCES:
+        robust = ~(values[budget["radius_norm"]] <= budget["radius"])
+    else:
+        robust = values["robust"] > 0
     entry: dict[str, Any] = {
-        "clean_accuracy": subject.clean_accuracy,
+        "clean_accuracy": percent(int(correct.sum()), count),
         "robust_accuracy": percent(int(robust.sum()), count),
         "num_examples": count,
-        "budget": {"shown": plan.shown, **plan.budget},
-        "seconds": round(record.seconds, 3),
+        "budget": budget,
+        "seconds": round(seconds, 3),
     }
-    if "l2" in plan.columns:
-        attacked = subject.correct
-        reached = attacked & record.values["l2"].isfinite()
-        entry["success_rate"] = percent(int(reached.sum()), int(attacked.sum()))
-        entry["accuracy_at_any_distance"] = percent(int((attacked & ~reached).sum()), count)
+    if minimum_norm:
+        reached = correct & values["l2"].isfinite()
+        rate = percent(int(reached.sum()), int(correct.sum()))
+        entry["success_rate"] = None if math.isnan(rate) else rate  # JSON has no nan
+        entry["accuracy_at_any_distance"] = percent(int((correct & ~reached).sum()), count)
         for name in DISTANCES:
-            values = record.values[name][reached].tolist()
-            entry[f"median_{name}"] = statistics.median(values) if values else None
-    if "broken_by" in plan.columns:
-        after = {}
-        standing = int(subject.correct.sum())
-        for number, stage in enumerate(plan.budget["stages"]):
-            standing -= int((subject.correct & (record.values["broken_by"] == number)).sum())
-            after[stage] = percent(standing, count)
-        entry["accuracy_after"] = after
-    if plan.notes:
-        entry["notes"] = list(plan.notes)
-    return {key: _plain(value) for key, value in entry.items()}
+            found = values[name][reached].tolist()
+            entry[f"median_{name}"] = statistics.median(found) if found else None
+    if "fell_to" in values:
+        fell = values["fell_to"].where(correct, -1)
+        left, entry["accuracy_after"] = int(correct.sum()), {}
+        for stage, name in enumerate(budget["stages"]):
+            left -= int((fell == stage).sum())
+            entry["accuracy_after"][name] = percent(left, count)
+    return {**entry, **({"notes": attack.notes} if attack.notes else {}), "versions": versions()}
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no nan."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---------------------------------------------------------------------------------------------
-# What people read
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The attacks' entries as aligned text; medians over the images that were broken."""
-    head = ["attack", "clean %", "robust %", "budget", "success %", "L0", "L2", "L_inf", "seconds"]
-    with_distances = any("success_rate" in entry for entry in results.values())
-    rows = [head]
-    for name, entry in results.items():
-        budget = entry["budget"]["shown"]
-        rows.append(
-            [
-                name,
-                _number(entry["clean_accuracy"], 2),
-                _number(entry["robust_accuracy"], 2),
-                f"at {budget}" if "success_rate" in entry else budget,
-                _number(entry.get("success_rate"), 1),
-                _number(entry.get("median_l0"), 0),
-                _number(entry.get("median_l2"), 2),
-                _number(entry.get("median_l_inf"), 3),
-                _number(entry["seconds"], 1),
-            ]
-        )
-    if not with_distances:
-        rows = [row[:4] + row[8:] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in (0, 3) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
+def results_table(attacks: dict[str, dict[str, Any]]) -> str:
+    """A report's ``attacks`` as aligned text; medians over the images that an attack broke."""
+    with_distances = any("success_rate" in entry for entry in attacks.values())
+    figures = [("seconds", "seconds", 1)]
     if with_distances:
-        lines.append("L0, L2, L_inf: medians over the images that the attack broke.")
-    return "\n".join(lines)
+        medians = [("L0", "median_l0", 0), ("L2", "median_l2", 2), ("L_inf", "median_l_inf", 3)]
+        figures = [("success %", "success_rate", 1), *medians, *figures]
+    rows = [["attack", "clean %", "robust %", "budget", *(head for head, *_ in figures)]]
+    for name, entry in attacks.items():
+        accuracies = [number(entry[key], 2) for key in ("clean_accuracy", "robust_accuracy")]
+        budget = ("at " if "success_rate" in entry else "") + entry["budget"]["shown"]
+        cells = [number(entry.get(key), digits) for _, key, digits in figures]
+        rows.append([name, *accuracies, budget, *cells])
+    note = "\nL0, L2, L_inf: medians over the images that the attack broke."
+    return text_table(rows, left=(0, 3)) + (note if with_distances else "")
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attacks: Sequence[str] = ("PGD",),
+    settings: Settings | None = None,
+    *,
+    dataset: str = "",
+    batch: int = 200,
+    save_to: str | None = None,
+    store: VerdictStore | None = None,
+    process: Processes | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Clean and robust accuracy of a network, as the evaluation scripts report them.
 
+        report = evaluate(network, images, labels, ["PGD", "AutoAttack"], Settings(epsilon=8 / 255))
+        report["attacks"]["PGD"]["robust_accuracy"]     # percent; print(results_table(...))
 
-# ---------------------------------------------------------------------------------------------
-# A script's main
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Run an evaluation script with its checked flags; returns the exit code.
+    Args:
+        network: images float [N, C, H, W] in [0, 1] to logits; evaluated in eval mode.
+        images, labels: [N, C, H, W], uint8 or float in [0, 1], and int64 [N], where the network is.
+        attacks: names of :data:`ATTACKS`.
+        dataset: its name, for the defaults; unknown ones go by the number of channels.
+        save_to: folder for the attacked images.
+        store, process, log: earlier verdicts; this process among several; gets lines for people.
 
     Raises:
-        UserError: a file, a dataset or a combination of flags that cannot be evaluated.
+        UserError: an unknown attack, a missing package, a network that does not suit the images.
     """
-    with world(args.gpu_id, args.threads) as here, torch.no_grad():
-        # Attacks compare losses that differ in the last digits: no TensorFloat-32 here.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        return _evaluate(args, here)
+    process, store = process or Processes(images.device), store or VerdictStore(None, {})
+    network = getattr(network, "_orig_mod", network).eval()  # as it was before torch.compile
+    defaults, kept = family(dataset, images.shape[1]), store.report.get("attacks", {})
+    settings = settings or Settings()
+    chosen = [make_attack(name, settings, defaults, images.shape) for name in attacks]
+    for attack in chosen:
+        before = kept.get(attack.name, {}).get("budget", attack.budget)
+        if {**before, "shown": ""} != {**attack.budget, "shown": ""}:
+            shown = f"{attack.name} at {before['shown']}, not at {attack.budget['shown']}"
+            raise UserError(f"--output: {store.output} holds {shown}; name another file")
+    said = {note for attack in chosen for note in attack.notes}
+    for note in sorted(said):
+        log(f"note: {note}")
+    subject = _Subject(network, images, labels, batch, process)
+    right = subject.clean()
+    clean = percent(int(right.sum()), len(right))
+    log(f"clean accuracy: {clean:.2f} %")
+    report = {"num_examples": len(labels), "seed": settings.seed, "device": str(process.device)}
+    report |= {"processes": process.size, "versions": versions(), "clean_accuracy": clean}
+    report["attacks"] = dict(kept)
+    for attack in chosen:
+        if attack.name in kept and save_to is None:
+            log(f"{attack.name}: kept from {store.output}")
+            continue
+        saved = _floats(images).cpu().contiguous().clone() if save_to else None
+        values, seconds = subject.attack(attack, right, store, saved)
+        entry = report["attacks"][attack.name] = summarize(attack, values, right, seconds)
+        accuracy, shown = entry["robust_accuracy"], attack.budget["shown"]
+        log(f"{attack.name}: {accuracy:.2f} % robust, {shown}, {seconds:.1f} s")
+        for note in (note for note in attack.notes if note not in said):
+            log(f"  note: {note}")
+        if save_to:
+            _save_images(saved, Path(save_to), attack.name)
+    return report
 
 
-def _evaluate(args: argparse.Namespace, here: World) -> int:
-    network, digest = _load(args.model_path, args, here)
-    data = load_dataset(args.dataset, args.data_dir, train=False)
-    available = len(data)
-    data = data.head(available if args.num_examples is None else args.num_examples)
-    data = data.to(here.device)
-    _check_suits(args.model_path, network, data)
-    if args.num_examples is not None and args.num_examples > available:
-        here.say(f"--num_examples {args.num_examples}: the test set has {available}, all are taken")
-    here.say(f"model: {args.model_path} (sha256 {digest[:12]})")
-    here.say(f"data: first {len(data):,} of {available:,} test images of {data.name}")
+def _save_images(images: Tensor, folder: Path, name: str) -> None:
+    from torchvision.utils import save_image  # importing it takes seconds
 
-    key = {
-        "checkpoint_sha256": digest,
-        "data": _fingerprint(data),
-        "num_examples": len(data),
-        "seed": args.seed,
-        "torch": str(torch.__version__),
-    }
-    store = VerdictStore(args.output and f"{args.output}.partial", key, here.is_main)
-    if store.note:
-        here.say(store.note)
-    store.save(force=True)  # an output that cannot be written is better known before the work
-    if set(args.attack_method) & set(LIBRARY_ATTACKS):
-        library_version()
-    subject = Subject(network, data, clean_verdicts(network, data, args.test_batch, here))
-    defaults = family(args.dataset, data.in_channels)
-    here.say(f"clean accuracy: {subject.clean_accuracy:.2f} %")
-    plans = [make_plan(name, args, defaults, subject) for name in args.attack_method]
-    report: dict[str, Any] = {
-        "model_path": str(args.model_path),
-        "checkpoint_sha256": digest,
-        "arch": getattr(network, "arch", None),
-        "dataset": data.name,
-        "num_examples": len(data),
-        "test_set": available,
-        "seed": args.seed,
-        "device": str(here.device),
-        "processes": here.size,
-        "versions": versions(),
-        "clean_accuracy": subject.clean_accuracy,
-        "attacks": {},
-    }
     try:
-        for plan in plans:
-            record = run_plan(plan, subject, store, here, args.test_batch)
-            entry = summarize(plan, record, subject)
-            report["attacks"][plan.name] = {**entry, "versions": report["versions"]}
-            here.say(
-                f"{plan.name}: {entry['robust_accuracy']:.2f} % robust, {plan.shown}, "
-                f"{record.seconds:.1f} s"
-            )
-            for note in plan.notes:
-                here.say(f"  note: {note}")
-    except KeyboardInterrupt:
-        store.save(force=True)
-        kept = f"; the same command goes on from {store.path}" if store.path else ""
-        here.say(f"stopped{kept}")
-        return 130
-    here.say("")
-    here.say(table(report["attacks"]))
-    if args.sanity:
-        checks = _sanity(args, subject, defaults, here)
-        report["sanity"] = [asdict(check) for check in checks]
-    if args.output and here.is_main:
-        write_atomic(args.output, (json.dumps(report, indent=2) + "\n").encode())
-        here.say(f"results: {args.output}")
-        store.remove()
-    here.barrier()
-    return 0
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", images.numpy())
+        save_image(images[:64], folder / f"{name}.png")
+    except OSError as error:
+        raise UserError(f"--save_adversarial {folder}: {error.strerror.lower()}") from None
 
 
-def _load(path: str, args: argparse.Namespace, here: World) -> tuple[nn.Module, str]:
-    """The network of a checkpoint, laid out for the processor, and the file's SHA-256."""
-    asked = {
-        "name": args.arch,
-        "depth": args.depth,
-        "block_name": args.block_name,
-        "widen_factor": args.widen_factor,
-        "drop": args.drop,
-    }
-    network, _ = load_network(path, asked, here.device)
-    return network.to(memory_format=torch.channels_last), sha256_of(path)
+def _call(name: str) -> nn.Module:
+    """The network that the user's ``module:function`` returns."""
+    module_name, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+        inspect.signature(make).bind()
+    except (ModuleNotFoundError, AttributeError, TypeError) as error:
+        raise UserError(f"--network {name}: {error}") from None
+    network = make()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--network {name}: returned {type(network).__name__}, not an nn.Module")
+    return network
 
 
-def _check_suits(path: str, network: nn.Module, data: ImageSet) -> None:
-    """A network and data that do not belong together, told before anything is computed."""
+def build_network(
+    args: argparse.Namespace, path: str | None, data: ImageSet, device: torch.device
+) -> nn.Module:
+    """The network that the flags name, with a file's weights, in eval mode, or UserError."""
+    if args.network:
+        network = _call(args.network)
+    elif args.arch and args.arch.startswith("timm:"):
+        try:
+            create = importlib.import_module("timm").create_model
+            network = create(args.arch[5:], num_classes=data.num_classes, in_chans=data.in_channels)
+        except (ImportError, RuntimeError, TypeError) as error:
+            raise UserError(f"--arch {args.arch}: {error} (pip install timm?)") from None
+    else:
+        asked = {n: getattr(args, n) for n in ("depth", "block_name", "widen_factor", "drop")}
+        network, _ = checkpoints.load_network(path, {"name": args.arch, **asked}, device)
+    if path and (args.network or ":" in (args.arch or "")):
+        checkpoints.restore_network(network, checkpoints.load_checkpoint(path), path)
     arch = getattr(network, "arch", {})
-    height, width = data.image_size
+    side, (height, width) = arch.get("image_size"), data.image_size
     for what, has, needs in (
         ("channels", data.in_channels, arch.get("in_channels")),
         ("classes", data.num_classes, arch.get("num_classes")),
-        ("rows", height, arch.get("image_size")),
-        ("columns", width, arch.get("image_size")),
+        ("pixels", f"{height} x {width}", side and f"{side} x {side}"),
     ):
         if needs is not None and has != needs:
-            raise UserError(
-                f"--model_path {path} is a network for {needs} {what}, "
-                f"--dataset {data.name} has {has}"
-            )
+            line = f"a network for {needs} {what}, dataset {data.name} has {has}"
+            raise UserError(f"{path} is {line}")
+    if args.mean:
+        from torchvision.transforms import Normalize  # importing it takes seconds
+
+        if not {len(args.mean), len(args.std)} <= {1, data.in_channels}:
+            raise UserError(f"--mean and --std take 1 or {data.in_channels} values")
+        network = nn.Sequential(Normalize(args.mean, args.std), network)
+    return network.to(device, memory_format=torch.channels_last).eval()
 
 
-def _fingerprint(data: ImageSet) -> str:
-    """SHA-256 of pixels and labels."""
-    digest = hashlib.sha256(str(tuple(data.images.shape)).encode())
-    digest.update(data.images.cpu().numpy().tobytes())
-    digest.update(data.labels.cpu().numpy().tobytes())
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{(tensor.dtype, tuple(tensor.shape))}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _sanity(
-    args: argparse.Namespace, subject: Subject, defaults: Family, here: World
-) -> Sequence[Check]:
-    """The sanity checks, by the main process; prints their verdicts."""
-    checks: list[Check] = []
-    if here.is_main:
-        budget = gradient_budget(
-            "PGD",
-            defaults,
-            args.norm,
-            epsilon=args.epsilon,
-            num_steps=args.num_steps,
-            step_size=args.step_size,
-        )
-        undefended = _load(args.transfer_from, args, here)[0] if args.transfer_from else None
-        here.say("\nIs it real? Signs of masked gradients:")
-        for check in sanity_checks(
-            subject.network,
-            *subject.images(torch.arange(len(subject.data))),
-            budget,
-            seed=args.seed,
-            batch=args.test_batch,
-            undefended=undefended,
-        ):
-            checks.append(check)
-            here.say(str(check))
-    here.barrier()
-    return checks
+def run_evaluation(
+    table: Mapping[str, Any], description: str, argv: Sequence[str] | None = None
+) -> int:
+    """Run an evaluation script; returns the exit code. UserError: what cannot be evaluated."""
+    args = parse_evaluation(table, description, argv)
+    with processes(args.gpu_id, args.threads) as process, torch.no_grad():
+        # Attacks compare losses that differ in the last digits: no TensorFloat-32 here.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        if args.save_adversarial and process.size > 1:
+            raise UserError("--save_adversarial works in one process, torchrun started several")
+        path = args.model_path and str(checkpoints.find_checkpoint(args.model_path, BEST))
+        checkpoint = checkpoints.load_checkpoint(path) if path else {}
+        notes = apply_statement(args, checkpoint, table)
+        data = load_dataset(args.dataset, args.data_dir, train=args.split == "train")
+        checkpoints.check_data(checkpoint, path, data, args.force)
+        available = len(data)
+        if (args.num_examples or 0) > available:
+            notes.append(f"--num_examples {args.num_examples}: all {available} are taken")
+        data = data.head(args.num_examples or available).to(process.device)
+        network = build_network(args, path, data, process.device)
+        digest = checkpoints.sha256_of(path) if path else _sha256(*network.state_dict().values())
+        process.log(f"model: {path or args.network} (sha256 {digest[:12]})")
+        part = f"first {len(data):,} of {available:,} {args.split} images"
+        process.log(f"data: {part} of {data.name}")
+        for note in notes:
+            process.log(f"note: {note}")
+        own = args.network or args.mean
+        identity = {
+            "checkpoint_sha256": digest,
+            "network": own and f"{args.network} {args.mean} {args.std}",
+            "dataset": data.name,
+            "data_sha256": _sha256(data.images, data.labels),
+            "num_examples": len(data),
+            "seed": args.seed,
+            "torch": str(torch.__version__),
+        }
+        settings = Settings(*(getattr(args, name) for name in Settings._fields))
+        options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}
+        options |= {"save_to": args.save_adversarial, "process": process}
+        inputs = (network, data.images, data.labels, args.attack_method, settings)
+        with contextlib.closing(VerdictStore(args.output, identity, process.is_main)) as store:
+            try:
+                report = evaluate(*inputs, store=store, **options)
+                process.log(f"\n{results_table(report['attacks'])}")
+                if args.sanity and process.is_main:
+                    report["sanity"] = _masking(args, network, data, settings)
+                about = {"model_path": path, "arch": getattr(network, "arch", args.arch)}
+                about |= {"test_set": available, "split": args.split}
+                store.finish({**store.report, **about, **identity, **report})
+            except KeyboardInterrupt:
+                kept = f"; the same command continues from {store.path}" if args.output else ""
+                process.log(f"stopped{kept}")
+                return 130
+        if args.output:
+            process.log(f"results: {args.output}")
+        process.barrier()
+        return 0
+
+
+def _masking(
+    args: argparse.Namespace, network: nn.Module, data: ImageSet, settings: Settings
+) -> list[dict[str, Any]]:
+    """The checks for gradient masking; prints their verdicts."""
+    found, path = [], args.transfer_from
+    options = {"seed": args.seed, "batch": args.test_batch}
+    if path:
+        options["transfer_from"] = build_network(args, path, data, data.device)
+    budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:4])
+    print("\nIs it real? Signs of masked gradients:")
+    checks = masking_checks(network, _floats(data.images), data.labels, budget, **options)
+    for check in Bar(checks, total=7, desc="checks"):
+        found.append(check._asdict())
+        print(check, flush=True)
+    return found
