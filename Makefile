@@ -1,12 +1,11 @@
 # Everything runs in its own virtual environment, made on first use.
-#   make demo    train on 1,797 digits with LFR and without, attack both (no download, minutes)
+#   make demo    train on 1,797 digits with LFR and without, attack both (no data to download)
 #   make test    the tests
 #   make help    the rest
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-DATA   ?= ./data
 # The stamps say what is installed: a target installs what it needs once, and again when the list
 # of requirements changes.
 RUN := $(VENV)/.installed
@@ -15,8 +14,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv install demo test lint format torture benchmark clean \
-        reproduce-mnist reproduce-cifar
+.PHONY: help venv install demo test lint format faults benchmark gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,17 +50,17 @@ format: $(DEV)  ## put the code in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-torture: $(DEV)  ## kill, corrupt and starve runs; minutes
-	$(BIN)/python -m tools.torture $(ARGS)
+faults: $(DEV)  ## fault injection: kill, corrupt and starve runs; minutes
+	$(BIN)/python -m tests.faults $(ARGS)
 
 benchmark: $(RUN)  ## the search and the training step against a plain implementation
-	$(BIN)/python -m benchmarks.benchmark $(ARGS)
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
-reproduce-mnist: $(DEV)  ## train MNIST's network again, against the published figures; DATA=folder
-	$(BIN)/python -m tools.reproduce mnist --data_dir '$(DATA)' $(ARGS)
-
-reproduce-cifar: $(DEV)  ## the same for CIFAR-10
-	$(BIN)/python -m tools.reproduce cifar --data_dir '$(DATA)' $(ARGS)
+gpu: $(DEV)  ## tests and timings on a CUDA GPU, minutes; given again, the timings resume
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.speed --device cuda --networks small_cnn resnet preact_resnet wrn \
+	    --batches 128 512 --dtypes float32 tf32 bfloat16 --layouts channels_last contiguous \
+	    --only 'paper search' 'fast step' --output gpu.json $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Timing of the method against a plain implementation: ``python -m benchmarks.benchmark``."""
+"""What LFR costs, and what it is worth: timings, and the comparison at equal cost."""

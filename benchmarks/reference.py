@@ -1,11 +1,11 @@
 """LFR written for clarity alone, by double backward: what `utils/` is measured against.
 
 The published procedure without any of its accidents: search in eval mode, natural loss and penalty
-in train mode, and a third forward pass for the training accuracy. No kernels of ours, no layouts,
-nothing shared with `utils/` but the definition of the method.
+in train mode, and a third forward pass for the training accuracy. It shares nothing with `utils/`
+but the definition of the method.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,73 +19,59 @@ def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return gradient.flatten(1).abs().sum(1)
 
 
-def sharpest_point(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    start: Tensor,
-    epsilon: float,
-    step_size: float,
-    num_steps: int,
-) -> Tensor:
-    """The paper's search in the l_inf ball: second-order sign steps. [N, C, H, W]."""
+def inner_maximization(
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *,
+    epsilon: float, step_size: float, num_steps: int, second_order: bool = True,
+) -> Tensor:  # fmt: skip
+    """Sign steps in the l_inf ball up the gradient norm (the paper's) or the loss. [N, C, H, W]."""
     model.eval()
-    moved = start
+    x_adv = start
     for _ in range(num_steps):
-        moved = moved.detach().requires_grad_()
-        (direction,) = torch.autograd.grad(gradient_norm(model, moved, y).sum(), moved)
-        moved = moved.detach() + step_size * direction.sign()
-        moved = torch.min(torch.max(moved, x - epsilon), x + epsilon).clamp(0, 1)
-    return moved.detach()
+        x_adv = x_adv.detach().requires_grad_()
+        if second_order:
+            height = gradient_norm(model, x_adv, y).sum()
+        else:
+            height = F.cross_entropy(model(x_adv), y, reduction="sum")
+        (direction,) = torch.autograd.grad(height, x_adv)
+        x_adv = x_adv.detach() + step_size * direction.sign()
+        x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
+    return x_adv.detach()
 
 
 def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    start: Tensor,
-    *,
-    epsilon: float,
-    step_size: float,
-    num_steps: int,
-    lambada: float,
-) -> Tensor:
-    """One step of the published training; returns the sharpest points."""
-    moved = sharpest_point(model, x, y, start, epsilon, step_size, num_steps)
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, start: Tensor, *,
+    lambada: float, **search: Any,
+) -> Tensor:  # fmt: skip
+    """One training step; returns the points found."""
+    x_adv = inner_maximization(model, x, y, start, **search)
     model.train()
     optimizer.zero_grad()
     natural_loss = F.cross_entropy(model(x), y)
-    penalty = gradient_norm(model, moved.clone().requires_grad_(), y).mean()
+    penalty = gradient_norm(model, x_adv.clone().requires_grad_(), y).mean()
     (natural_loss + lambada * penalty).backward()
     optimizer.step()
     with torch.no_grad():
         model(x).argmax(1)
-    return moved
+    return x_adv
 
 
 def pgd_verdicts(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    start: Tensor,
-    epsilon: float,
-    step_size: float,
-    num_steps: int,
-) -> Tensor:
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *,
+    epsilon: float, step_size: float, num_steps: int,
+) -> Tensor:  # fmt: skip
     """PGD on the cross-entropy, every sample through every step: which stay right. bool [N].
 
-    A sample counts as broken when any point on its way is misclassified.
+    An image that is misclassified at any point on the way is not robust.
     """
     model.eval()
     right = model(x).argmax(1) == y
-    moved = start
+    x_adv = start
     for _ in range(num_steps):
-        moved = moved.detach().requires_grad_()
-        loss = F.cross_entropy(model(moved), y, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, moved)
-        moved = moved.detach() + step_size * gradient.sign()
-        moved = torch.min(torch.max(moved, x - epsilon), x + epsilon).clamp(0, 1)
+        x_adv = x_adv.detach().requires_grad_()
+        loss = F.cross_entropy(model(x_adv), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x_adv)
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
         with torch.no_grad():
-            right &= model(moved).argmax(1) == y
+            right &= model(x_adv).argmax(1) == y
     return right

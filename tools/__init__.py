@@ -1,1 +1,1 @@
-"""Commands around the scripts: demo, pictures, reproduction."""
+"""Commands around the scripts: demo, figures, failure case, export."""

@@ -1,49 +1,46 @@
-"""The failure case: run the experiments, keep their logs, draw the curves, print the table.
+"""The failure case: run the experiments, keep their logs, print the table, draw the curves.
 
-python -m tools.failure_case run --data_dir DATA --jobs 2     every variant, three seeds (hours)
-python -m tools.failure_case run --data_dir DATA --only mixed shared --seeds 1000
-python -m tools.failure_case table                             from the logs that are kept
-python -m tools.failure_case draw --output images/failure_case.png
+    python -m tools.failure_case run --data_dir DATA --jobs 2     every variant, three seeds (hours)
+    python -m tools.failure_case run --data_dir DATA --only mixed shared --seeds 1000
+    python -m tools.failure_case table
+    python -m tools.failure_case draw --output images/failure_case.png
+    python -m tools.failure_case measure CHECKPOINT --data_dir DATA
 
-One thing is changed at a time. ``run`` calls `cifar_defense.py` as a user would, one process to a
-variant and seed, goes on where a stopped run was, and copies each finished run's log to
-`docs/failure_case/`, from which ``table`` and ``draw`` work alone.
+``run`` calls `cifar_defense.py` for each variant and seed, resumes what was stopped, and copies
+each finished log to `docs/failure_case/`, which is all that ``table`` and ``draw`` need.
+``measure`` looks at one checkpoint by both kinds of statistics. See `docs/failure_case.md`.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import math
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from tools.pictures import house_style, new_figure, save
-from utils.data import load_dataset
+from tools.figures import COLOURS, new_figure, save
+from tools.scripts import ROOT, positive, run, run_each, spread
+from utils.checkpoints import load_network
+from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
-from utils.runs import CHECKPOINT, read_log, write_atomic
-from utils.training import PARTED
+from utils.lfr import Ball, flatness, inner_maximization
+from utils.lfr.batch_norm import normalization
+from utils.run_folder import read_log, write_atomic
+from utils.tables import markdown_table
+from utils.training import BN_GAP_LIMIT
 
-ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "failure_case"
-SEEDS = (1000, 1001, 1002)
-
-# Small enough for an evening, large enough to part: a ResNet of depth 8, the first 3,712 training
-# images (512 of them held out) and the first 2,000 test images, at half their width and height.
+# Small enough for an evening: ResNet-8, CIFAR-10's first images at half their width and height.
 # The larger the ball, the more the statistics of a perturbed batch can differ from those of a
-# clean one, and the sooner the two networks part: within 1,600 steps here, after 70,000 at the
-# original's radius.
+# clean one, and the sooner the gap opens: within 1,600 steps here, after 70,000 at the original's
+# radius.
 IMAGES = {"train": 3712, "test": 2000}
 EPSILON, WARMUP, EPOCHS = 0.15, 4, 16
 COMMON = (
@@ -53,56 +50,33 @@ COMMON = (
     "--probe_size 500 --probe_steps 5 --image_interval 0 --ckpt_interval 0 --test_batch 500"
 )
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table: what is changed, and in which group it stands."""
-
-    name: str
-    flags: str
-    says: str
-    times: int = 1  # as many epochs as the others
-
-
-VARIANTS = (
-    Variant("mixed", "--bn_mode mixed", "the original's mix of modes", times=2),
-    Variant("shared", "--bn_mode shared", "all on the clean batch's statistics (the default)"),
-    Variant("mixed_silu", "--bn_mode mixed --activation silu", "mixed, SiLU"),
-    Variant("shared_silu", "--bn_mode shared --activation silu", "shared, SiLU"),
-    Variant(
-        "shared_silu_steps",
-        "--bn_mode shared --activation silu --num_steps 4 --step_size 0.075",
-        "shared, SiLU, four steps of half the length in the search",
-    ),
-    Variant("mixed_softplus", "--bn_mode mixed --activation softplus", "mixed, softplus"),
-    Variant("shared_softplus", "--bn_mode shared --activation softplus", "shared, softplus"),
-    Variant("mixed_fast", "--bn_mode mixed --search fast", "mixed, loss ascent"),
-    Variant("shared_fast", "--bn_mode shared --search fast", "shared, loss ascent"),
-    Variant("batch", "--bn_mode batch", "each on its own batch's statistics"),
-    Variant("running", "--bn_mode running", "all on running statistics"),
-    Variant("group", "--bn_mode mixed --norm_layer group", "GroupNorm"),
-    Variant("none", "--bn_mode mixed --norm_layer none --lr 0.02", "no normalisation, lr 0.02"),
-    Variant("mixed_20", "--bn_mode mixed --depth 20", "mixed, ResNet-20", times=2),
-    Variant("shared_20", "--bn_mode shared --depth 20", "shared, ResNet-20", times=2),
-    Variant(
-        "shared_long",
-        "--bn_mode shared --lr_schedule step --gamma 0.1",
-        "the default five times as long, with a decay of the learning rate",
-        times=5,
-    ),
-)
-
-
-def kept_log(variant: Variant, seed: int) -> Path:
-    """Where the log of a finished run lies."""
-    return KEPT / f"{variant.name}_{seed}.tsv"
+# Name; flags that are changed; what they mean.
+_VARIANTS = """
+mixed; --bn_mode mixed; the original's mix of modes
+shared; --bn_mode shared; all on the clean batch's statistics (the default)
+mixed_silu; --bn_mode mixed --activation silu; mixed, SiLU
+shared_silu; --bn_mode shared --activation silu; shared, SiLU
+shared_silu_steps; --bn_mode shared --activation silu --num_steps 4 --step_size 0.075; shared, \
+SiLU, four steps of half the length in the search
+mixed_softplus; --bn_mode mixed --activation softplus; mixed, softplus
+shared_softplus; --bn_mode shared --activation softplus; shared, softplus
+mixed_fast; --bn_mode mixed --search fast; mixed, loss ascent
+shared_fast; --bn_mode shared --search fast; shared, loss ascent
+batch; --bn_mode batch; each on its own batch's statistics
+running; --bn_mode running; all on running statistics
+group; --bn_mode mixed --norm_layer group; GroupNorm
+none; --bn_mode mixed --norm_layer none --lr 0.02; no normalisation, lr 0.02
+mixed_20; --bn_mode mixed --depth 20; mixed, ResNet-20
+shared_20; --bn_mode shared --depth 20; shared, ResNet-20
+shared_long; --bn_mode shared --lr_schedule step --gamma 0.1; the default five times as long, \
+with a decay of the learning rate
+"""
+VARIANTS = {name: rest for name, *rest in (s.split("; ") for s in _VARIANTS.strip().split("\n"))}
+TIMES = {"mixed": 2, "mixed_20": 2, "shared_20": 2, "shared_long": 5}  # the usual epochs
 
 
 def small_images(data_dir: Path, place: Path) -> Path:
-    """CIFAR-10's first images, each 2 x 2 pixels averaged into one, as an image folder.
-
-    Written once: the folder gets its name when it is whole.
-    """
+    """CIFAR-10's first images, each 2 x 2 pixels averaged into one, as an image folder."""
     if place.exists():
         return place
     unfinished = place.with_name(f"{place.name}.tmp")
@@ -114,244 +88,168 @@ def small_images(data_dir: Path, place: Path) -> Path:
             folder = unfinished / part / data.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:05d}.png")
-    unfinished.rename(place)
-    return place
+    return unfinished.rename(place)
 
 
-def run_folder(variant: Variant, seed: int, args: argparse.Namespace) -> Path:
-    """Where a run is made."""
-    return Path(args.runs_dir) / f"{variant.name}_{seed}"
+def command(name: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """The command of one run; given again, it resumes the run."""
+    epochs = TIMES.get(name, 1) * args.epochs
+    words = f"{COMMON} {VARIANTS[name][0]} --epochs {epochs} --manualSeed {seed}".split()
+    words += ["--schedule", str(max(1, epochs * 5 // 6))] if "step" in words else []
+    words += ["--data_dir", str(args.data_dir), "--threads", str(args.threads)]
+    return [*words, "--checkpoint", str(args.runs_dir / f"{name}_{seed}"), "--resume", "auto"]
 
 
-def command(variant: Variant, seed: int, args: argparse.Namespace) -> list[str]:
-    """The command of one run."""
-    folder = run_folder(variant, seed, args)
-    words = [*COMMON.split(), *variant.flags.split()]
-    epochs = variant.times * args.epochs
-    words += ["--epochs", str(epochs), "--manualSeed", str(seed)]
-    if "step" in variant.flags.split():
-        words += ["--schedule", str(max(1, epochs * 5 // 6))]
-    words += ["--data_dir", str(args.data_dir), "--checkpoint", str(folder)]
-    words += ["--threads", str(args.threads)]
-    if (folder / CHECKPOINT).exists():
-        words += ["--resume", str(folder / CHECKPOINT)]
-    return words
+def run_all(args: argparse.Namespace) -> None:
+    """Train every variant and seed that has no log yet."""
 
+    def train(name: str, seed: int) -> None:
+        folder = args.runs_dir / f"{name}_{seed}"
+        run(command(name, seed, args), folder.with_suffix(".out"))
+        write_atomic(KEPT / f"{name}_{seed}.tsv", (folder / "log.txt").read_bytes())
 
-def run_logged(command: Sequence[str], out: Path) -> int:
-    """Run one of the repository's scripts, its output appended to a file; returns its exit code."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as stream:
-        print(f"$ python {shlex.join(command)}", file=stream, flush=True)
-        ended = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=stream, stderr=stream, check=False
-        )
-    return ended.returncode
-
-
-def run_one(variant: Variant, seed: int, args: argparse.Namespace) -> str | None:
-    """Train one variant with one seed; returns what went wrong, if anything did."""
-    words = command(variant, seed, args)
-    folder = run_folder(variant, seed, args)
-    out = folder.with_name(f"{folder.name}.out")
-    if code := run_logged(words, out):
-        return f"{variant.name}, seed {seed}: exit code {code}, see {out}"
-    write_atomic(kept_log(variant, seed), (folder / "log.txt").read_bytes())
-    return None
-
-
-def run_all(args: argparse.Namespace) -> int:
-    """Every variant and seed that has no log yet."""
-    chosen = pick(args.only)
     args.runs_dir = args.runs_dir.resolve()
-    waiting = [(v, seed) for seed in args.seeds for v in chosen]
-    waiting = [(v, seed) for v, seed in waiting if args.again or not kept_log(v, seed).exists()]
-    if waiting:
+    todo = [(name, seed) for seed in args.seeds for name in args.only]
+    todo = [(name, seed) for name, seed in todo if not (KEPT / f"{name}_{seed}.tsv").exists()]
+    if todo:
         args.runs_dir.mkdir(parents=True, exist_ok=True)
         args.data_dir = small_images(args.data_dir, args.runs_dir / "images")
-    failures = []
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(waiting), disable=None) as bar:
-        for problem in pool.map(lambda one: run_one(*one, args), waiting):
-            bar.update()
-            if problem:
-                failures.append(problem)
-                bar.write(problem, file=sys.stderr)
-    print(table(chosen))
-    return 1 if failures else 0
+    run_each(train, todo, args.jobs)
 
 
-def pick(names: Iterable[str] | None) -> list[Variant]:
-    """The variants called so, in this order; all of them without names."""
-    by_name = {variant.name: variant for variant in VARIANTS}
-    return [by_name[name] for name in (by_name if names is None else names)]
-
-
-def logs(variant: Variant) -> dict[int, dict[str, list[float]]]:
-    """The kept logs of a variant by seed."""
-    found = {}
-    for path in sorted(KEPT.glob(f"{variant.name}_[0-9]*.tsv")):
-        seed = path.stem.removeprefix(f"{variant.name}_")
-        if seed.isdigit():
-            found[int(seed)] = read_log(path)
-    return found
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean, and in brackets the least and the largest."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return "-"
-    text = f"{statistics.mean(finite):.{digits}f}"
-    if len(finite) > 1:
-        text += f" ({min(finite):.{digits}f} to {max(finite):.{digits}f})"
-    return text
+def logs(name: str) -> list[dict[str, list[float]]]:
+    """The kept logs of a variant, a seed each."""
+    return [read_log(path) for path in sorted(KEPT.glob(f"{name}_[0-9][0-9][0-9]*.tsv"))]
 
 
 def tail(values: Sequence[float]) -> float:
-    """Mean over the last quarter of the epochs: single epochs swing. nan says nothing."""
+    """Mean over the last quarter of the epochs, since single epochs swing."""
     last = values[-max(1, len(values) // 4) :]
-    finite = [value for value in last if math.isfinite(value)]
-    return statistics.mean(finite) if finite else math.nan
+    return statistics.mean([value for value in last if math.isfinite(value)] or [math.nan])
 
 
-def parted(gaps: Sequence[float]) -> list[int]:
-    """The epochs, from 1, in which the modes differ by more than the training warns of."""
-    return [epoch for epoch, gap in enumerate(gaps, 1) if gap > PARTED]
+def table(chosen: Iterable[str]) -> str:
+    """Markdown: the last quarter of the epochs, mean (and range) of the seeds.
 
-
-# heads of the columns that the README shows
-SHORT = "what; runs x epochs; train acc.; test acc.; gap of the modes; epochs parted; penalty"
-
-
-def table(chosen: Sequence[Variant], epoch: int | None = None, short: bool = False) -> str:
-    """Markdown: the last quarter of the epochs up to one (default: all), mean (and range) of seeds.
-
-    "Parted" counts, run by run and over all epochs, those in which the modes differ by more than
-    20 points, as the training itself warns, and names the first where there are any.
+    Epochs with a wide gap are counted run by run, over all epochs, and the first is named.
     "Lowest" is the least test accuracy that a run showed after the warm-up.
     """
-    heads = (
-        "variant",
-        "what",
-        "runs x epochs",
-        "train acc.",
-        "test acc.",
-        "held-out acc., batch statistics",
-        "gap of the modes",
-        "epochs parted",
-        "held-out PGD",
-        "penalty",
-        "lowest test acc.",
-    )
-    shown = [place for place, head in enumerate(heads) if not short or head in SHORT.split("; ")]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells[place] for place in shown) + " |"
-
-    lines = [line(heads), "|" + " --- |" * len(shown)]
-    for variant in chosen:
-        by_seed = [
-            {name: values[:epoch] for name, values in log.items()} for log in logs(variant).values()
-        ]
-        if not by_seed:
-            continue
-
-        def column(name: str, by_seed: list[dict[str, list[float]]] = by_seed) -> str:
-            return spread([tail(log[name]) for log in by_seed])
-
-        # Without BatchNorm there is one mode and no gap.
-        batch = [
-            tail(log["Val Acc."]) + (0 if math.isnan(gap := tail(log["Mode Gap"])) else gap)
-            for log in by_seed
-        ]
-        epochs = sorted({len(log["Train Acc."]) for log in by_seed})
-        apart = [parted(log["Mode Gap"]) for log in by_seed]
-        counts = ", ".join(str(len(each)) for each in apart)
-        firsts = ", ".join(str(each[0]) for each in apart if each)
-        cells = (
-            variant.name,
-            variant.says,
-            f"{len(by_seed)} x {'-'.join(map(str, epochs))}",
-            column("Train Acc."),
-            column("Valid Acc."),
-            spread(batch),
-            column("Mode Gap"),
-            counts + (f" (from {firsts})" if firsts else ""),
-            column("Val Robust Acc."),
-            column("loss gradient"),
-            spread([min(log["Valid Acc."][WARMUP:], default=math.nan) for log in by_seed]),
-        )
-        lines.append(line(cells))
-    return "\n".join(lines)
+    heads = ("variant; what; runs x epochs; train acc.; test acc.; BN gap; epochs with a gap above "
+             f"{BN_GAP_LIMIT:g} points; held-out PGD; penalty; lowest test acc.")  # fmt: skip
+    rows = [heads.split("; ")]
+    for name, runs in ((name, found) for name in chosen if (found := logs(name))):
+        columns = "Train Acc.", "Valid Acc.", "BN Gap", "Held-out Robust Acc.", "loss gradient"
+        means = [spread([tail(log[column]) for log in runs]) for column in columns]
+        epochs = "-".join(str(n) for n in sorted({len(log["Train Acc."]) for log in runs}))
+        wide = [[e for e, g in enumerate(log["BN Gap"], 1) if g > BN_GAP_LIMIT] for log in runs]
+        firsts = ", ".join(str(each[0]) for each in wide if each)
+        counts = ", ".join(str(len(each)) for each in wide)
+        counts += f" (from {firsts})" if firsts else ""
+        lowest = [min(log["Valid Acc."][WARMUP:], default=math.nan) for log in runs]
+        about = [name, VARIANTS[name][1], f"{len(runs)} x {epochs}"]
+        rows.append([*about, *means[:3], counts, *means[3:], spread(lowest)])
+    return markdown_table(rows, left=(0, 1))
 
 
-def draw(args: argparse.Namespace) -> int:
+def draw(chosen: Sequence[str], output: Path) -> None:
     """Collapse and cure side by side, from the kept logs."""
-    chosen = [v for v in pick(args.only) if logs(v)]
-    if not chosen:
-        raise UserError(f"no logs of these variants in {KEPT}; make them with: run")
-    quantities = (
-        ("accuracy (%)", ("Train Acc.", "Valid Acc."), ("training batches", "test set, eval mode")),
-        ("penalty: gradient norm", ("loss gradient",), ("at the points found",)),
+    found = {name: logs(name) for name in chosen}
+    if missing := [name for name, runs in found.items() if not runs]:
+        raise UserError(f"no logs of {', '.join(missing)} in {KEPT}; make them with: run")
+    curves = (
+        (0, "Train Acc.", "training batches", COLOURS[0]),
+        (0, "Valid Acc.", "test set, eval mode", COLOURS[1]),
+        (1, "loss gradient", "at x_adv", COLOURS[0]),
     )
-    figure = new_figure(5.6)
-    figure.set_figwidth(3.4 * len(chosen) + 0.8)
-    axes = figure.subplots(len(quantities), len(chosen), sharex="col", sharey="row", squeeze=False)
-    for column, variant in enumerate(chosen):
-        title = textwrap.fill(f"{variant.name}: {variant.says}", 36)
-        axes[0][column].set_title(title, fontsize=10)
-        for row, (label, names, said) in enumerate(quantities):
-            axis = axes[row][column]
-            for name, words, colour in zip(names, said, ("#4477aa", "#cc3311")):
-                for number, log in enumerate(logs(variant).values()):
-                    epochs = range(1, len(log[name]) + 1)
-                    axis.plot(epochs, log[name], color=colour, label="" if number else words)
-            if column == 0:
-                axis.set_ylabel(label)
-                axis.legend(frameon=False, fontsize=9)
-        axes[0][column].axhline(10, color="#888888", linewidth=0.8, linestyle=":")
-        axes[-1][column].set_xlabel("epoch")
-        axes[-1][column].xaxis.get_major_locator().set_params(integer=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, args.output)
-    return 0
+    figure = new_figure(5.6, 3.4 * len(found) + 0.8)
+    axes = figure.subplots(2, len(found), sharex="col", sharey="row", squeeze=False)
+    for (name, runs), (upper, lower) in zip(found.items(), axes.T):
+        upper.set_title(textwrap.fill(f"{name}: {VARIANTS[name][1]}", 36), fontsize=10)
+        upper.axhline(10, color="#888888", linewidth=0.8, linestyle=":")
+        lower.set_xlabel("epoch")
+        for (row, quantity, text, colour), log in itertools.product(curves, runs):
+            label = text if log is runs[0] else ""
+            epochs = range(1, len(log[quantity]) + 1)
+            (upper, lower)[row].plot(epochs, log[quantity], color=colour, label=label)
+    for (first, *_), label in zip(axes, ("accuracy (%)", "penalty: gradient norm")):
+        first.set_ylabel(label)
+        first.legend(fontsize=9)
+    save(figure, output)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    actions = parser.add_subparsers(dest="action", required=True)
-    names = [variant.name for variant in VARIANTS]
-    run = actions.add_parser("run", help="train what has no log yet")
-    run.add_argument("--data_dir", type=Path, required=True, help="where cifar10 is")
-    run.add_argument("--runs_dir", type=Path, default=Path("runs/failure_case"), help="run folders")
-    run.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="one run for each")
-    run.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of a run")
-    run.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    run.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
-    run.add_argument("--again", action="store_true", help="also those that have a log")
-    show = actions.add_parser("table", help="print the table")
-    show.add_argument("--epoch", type=int, default=None, help="after this epoch; default: the last")
-    show.add_argument("--short", action="store_true", help="fewer columns: the README's table")
-    picture = actions.add_parser("draw", help="draw the curves")
-    picture.add_argument("--output", type=Path, default=Path("images/failure_case.png"), help="PNG")
-    for action in (run, show, picture):
-        action.add_argument("--only", nargs="+", choices=names, help="these variants")
-    args = parser.parse_args(argv)
-    for flag in ("epochs", "jobs", "threads", "epoch"):
-        value = getattr(args, flag, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: allowed is 1 or more")
-    return args
+def measure(args: argparse.Namespace) -> str:
+    """One checkpoint by running statistics, as it is used, and by batch statistics, as trained.
+
+    Markdown, means over batches of 128 test images. x_adv is found by running statistics and the
+    original's search for CIFAR-10.
+    """
+    network, _ = load_network(args.checkpoint)
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not layers:
+        raise UserError(f"{args.checkpoint}: the network has no BatchNorm")
+    data = load_dataset(args.dataset, args.data_dir, train=False).head(args.num_examples)
+    ball, widths, clean = Ball("l_inf", 0.031), {}, {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        widths[layer] = inputs[0].detach().transpose(0, 1).flatten(1).std(1)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(note)
+    found: tuple[list, list] = [], []  # by running, by batch statistics
+    for rows in torch.arange(len(data)).split(128):
+        x, y = data.float_images(rows), data.labels[rows]
+        x_adv = inner_maximization(network, x, y, ball, step_size=0.007, num_steps=10)
+        for by_batch in (True, False):
+            with normalization(network, batch_statistics=by_batch):
+                logits = network(x).detach()
+                clean = dict(widths) if by_batch else clean
+                row = [100 * (logits.argmax(1) == y).float().mean(), logits.std(0).mean()]
+                row += [flatness(network, at, y, ball).detach().mean() for at in (x, x_adv)]
+            # The median over the channels of the widest layer.
+            wide = widths if by_batch else {each: each.running_var.sqrt() for each in layers}
+            ratios = [wide[each] / clean[each].clamp_min(1e-6) for each in layers]
+            found[by_batch].append(
+                [float(value) for value in (*row, max(r.median() for r in ratios))]
+            )
+    labels = ("accuracy, clean images (%)", "deviation of the logits over the images",
+              "gradient norm, clean images", "gradient norm, x_adv",
+              "widest layer: running statistics, or those of x_adv, / clean batch")  # fmt: skip
+    means = ([f"{statistics.mean(column):.2f}" for column in zip(*t)] for t in found)
+    head = (str(args.checkpoint), "running statistics", "batch statistics")
+    return markdown_table([head, *zip(labels, *means)])
 
 
 def main() -> int:
-    args = parse()
-    if args.action == "run":
-        return run_all(args)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run", help="train what has no log yet")
+    show = actions.add_parser("table", help="print the table")
+    curves = actions.add_parser("draw", help="draw the curves")
+    look = actions.add_parser("measure", help="one network by running and by batch statistics")
+    add = run.add_argument
+    add("--data_dir", type=Path, required=True, help="where cifar10 is")
+    add("--runs_dir", type=Path, default=Path("runs/failure_case"), help="run folders")
+    add("--seeds", type=positive, nargs="+", default=[1000, 1001, 1002])
+    add("--epochs", type=positive, default=EPOCHS, help="of a run")
+    add("--jobs", type=positive, default=1, help="runs at the same time")
+    add("--threads", type=positive, default=1, help="CPU threads of a run")
+    curves.add_argument("--output", type=Path, default=Path("images/failure_case.png"), help="PNG")
+    for action in (run, show, curves):
+        action.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add = look.add_argument
+    add("checkpoint", type=Path)
+    add("--dataset", default="cifar10", help="whose test images to use")
+    add("--data_dir", type=Path, default=Path("./data"))
+    add("--num_examples", type=positive, default=512, help="first test images")
+    args = parser.parse_args()
     if args.action == "draw":
-        with house_style():
-            return draw(args)
-    print(table(pick(args.only), args.epoch, args.short))
+        draw(args.only, args.output)
+    elif args.action == "measure":
+        print(measure(args))
+    else:
+        if args.action == "run":
+            run_all(args)
+        print(table(args.only))
     return 0
 
 

@@ -1,0 +1,269 @@
+"""Defenses at the same cost of training, compared by clean accuracy, PGD and AutoAttack.
+
+    python -m benchmarks.equal_cost MNIST --minutes 60 --data_dir DATA
+    python -m benchmarks.equal_cost digits --minutes 0.1 --seeds 1000         # a rehearsal
+
+One command makes a table; given again, it resumes. Its stages:
+
+* time: the cost of a step relative to AT's, in one quiet run in which the methods take turns, kept
+  in `step_times.json`. It turns minutes into AT steps, and these into every other method's steps,
+  so that rows compare whenever and wherever they are trained.
+* search: for each method six short trainings (:data:`TRIES`). Chosen is the highest robust accuracy
+  (PGD) on held-out training images after the last epoch; among equals, the highest clean accuracy.
+* train: the chosen flags at full length, a network for each seed.
+* attack: of each network the epoch that the repository's rule chooses by held-out images.
+* table: mean and range over the seeds, and everything as JSON.
+
+``--extra NAME "FLAGS"`` adds a variant of LFR: its flags come behind LFR's, the tries are the same.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from timeit import timeit
+
+import torch
+
+import cifar_defense
+import MNIST_defense
+from models import build_model
+from tools.scripts import ROOT, positive, run, run_each, spread
+from utils.checkpoints import sha256_of
+from utils.datasets import load_dataset
+from utils.defenses import Defense, DefenseLoss
+from utils.errors import UserError, run_script
+from utils.lfr import Ball
+from utils.options import settle_training, training_parser
+from utils.progress import Bar
+from utils.run_folder import BEST, read_log, write_atomic
+from utils.runtime import versions
+from utils.tables import markdown_table
+
+TIMES = ROOT / "benchmarks" / "step_times.json"
+BATCH, SEARCH_SEED = 128, 1
+WARMUP = 1 / 12  # share of the training over which lambda rises
+COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 1000 --image_interval 0 "
+          "--ckpt_interval 0")  # fmt: skip
+# Of a dataset: the first word of its scripts, training flags, and (attack, test images, epsilon).
+_SMALL = "-a small_cnn --epsilon 0.3 --probe_steps 20"
+_RESNET = "-a resnet --depth 20 --epsilon 8/255 --probe_steps 10"
+_CIFAR = ("PGD", 10_000, "8/255"), ("PGD", 10_000, "0.031"), ("AutoAttack", 1000, "8/255")
+SETTINGS = {
+    "MNIST": ("MNIST", _SMALL, (("PGD", 10_000, "0.3"), ("AutoAttack", 1000, "0.3"))),
+    "cifar10": ("cifar", _RESNET, _CIFAR),
+    "digits": ("MNIST", _SMALL, (("PGD", 360, "0.3"),)),
+}
+METHODS = {name: f"--defense {name}" for name in ("none", "igr")}
+METHODS |= {name: f"--defense {name} --search fast" for name in ("at", "trades", "lfr")}
+# Six tries for each method.
+_RATES = [f"--lr {rate:g}" for rate in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)]
+_BETAS = [f"--lr {rate:g} --beta {beta}" for rate in (0.03, 0.1, 0.2) for beta in (1, 6)]
+_LAMBDAS = [f"--lr {rate:g} --lambada {w:g}" for rate in (0.05, 0.1, 0.2) for w in (0.02, 0.1)]
+TRIES = {"none": _RATES, "at": _RATES, "trades": _BETAS, "igr": _LAMBDAS, "lfr": _LAMBDAS}
+
+
+def report_of(folder: Path, attack: str, epsilon: str) -> Path:
+    """Where a network's evaluation goes."""
+    return folder.with_name(f"{folder.name}_{attack}_{epsilon.replace('/', '_')}.json")
+
+
+class Table:
+    """The runs of one table; the methods called as its stages make it, in that order."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.scripts, self.setting, self.attacks = SETTINGS[args.dataset]
+        self.methods = {name: METHODS[name] for name in args.only}
+        self.methods |= {name: f"{METHODS['lfr']} {flags}" for name, flags in args.extra}
+        self.data = ["--dataset", args.dataset, "--data_dir", str(args.data_dir.resolve())]
+        self.data += ["--threads", str(args.threads)]
+        self.folder = args.runs_dir.resolve() / f"{args.dataset}_{args.minutes:g}"
+        (self.folder / "search").mkdir(parents=True, exist_ok=True)
+        self.train_set = load_dataset(args.dataset, args.data_dir, train=True)
+        count = len(self.train_set)
+        self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
+        self.times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+
+    def flags(self, name: str) -> list[str]:
+        """All training flags of a method but its tries, its length and its seed."""
+        method = self.methods.get(name, METHODS["at"])  # which is timed in any case
+        return f"{COMMON} {self.setting} {method} {self.args.flags}".split()
+
+    def length(self, name: str, share: float = 1.0) -> tuple[int, int]:
+        """Epochs, and steps of each, that cost this share of the budget."""
+        times = self.times[self.args.dataset]
+        budget = round(60 * self.args.minutes / times["at_seconds"])  # AT steps
+        steps = max(1, round(share * budget / times["relative"][name]))
+        epochs = math.ceil(steps / self.epoch)
+        return epochs, max(1, round(steps / epochs))
+
+    def train_one(self, name: str, choice: str, seed: int, share: float, folder: Path) -> None:
+        """Train one network, unless it is trained."""
+        epochs, steps = self.length(name, share)
+        log = folder / "log.txt"
+        if log.exists() and len(read_log(log)["Seconds"]) == epochs:
+            return
+        words = [f"{self.scripts}_defense.py", *self.data, *self.flags(name), *choice.split()]
+        words += f"--epochs {epochs} --max_steps {steps} --manualSeed {seed}".split()
+        words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(folder)]
+        output = folder.with_suffix(".out")
+        try:
+            run([*words, "--resume", "auto"], output)
+        except UserError:  # a short training may diverge: it is not chosen then
+            if share == 1 or "error: the loss is" not in output.read_text():
+                raise
+
+    def time(self) -> None:
+        """The costs of steps that the file does not have."""
+        entry = self.times.setdefault(self.args.dataset, {"relative": {}})
+        new = [name for name in self.methods if name not in entry["relative"]]
+        if not new:
+            return
+        torch.set_num_threads(self.args.threads)
+        torch.set_flush_denormal(True)
+        steps = {name: self.step(name) for name in dict.fromkeys(["at", *new])}
+        seconds = [
+            {name: timeit(step, number=1) for name, step in steps.items()}
+            for _ in Bar(range(self.args.turns + 2), desc="timing")
+        ][2:]  # the first turns warm up
+        for name in new:
+            ratios = [turn[name] / turn["at"] for turn in seconds]
+            entry["relative"][name] = round(statistics.median(ratios), 4)
+        entry.setdefault("at_seconds", round(statistics.median(turn["at"] for turn in seconds), 4))
+        entry.setdefault("measured_on", versions())
+        write_atomic(TIMES, (json.dumps(self.times, indent=1) + "\n").encode())
+
+    def step(self, name: str) -> Callable[[], None]:
+        """One training step of a method, as a function."""
+        table = {"MNIST": MNIST_defense, "cifar": cifar_defense}[self.scripts].DEFAULTS
+        parser = training_parser(table, "")
+        flags = settle_training(parser, table, parser.given([*self.data, *self.flags(name)]))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        x = self.train_set.float_images(slice(BATCH)).to(device)
+        x, y = x.contiguous(memory_format=torch.channels_last), self.train_set.labels[:BATCH]
+        y, size = y.to(device), {"in_channels": x.shape[1], "image_size": x.shape[2]}
+        network = build_model(flags.arch, depth=flags.depth, activation=flags.activation, **size)
+        network.to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
+        names = ("step_size", "num_steps", "search", "bn_mode", "beta")
+        options = {key: getattr(flags, key) for key in names}
+        loss = DefenseLoss(network, Defense(flags.defense, Ball("l_inf", flags.epsilon), **options))
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=flags.amp):
+                terms = loss(x, y, torch.randn_like(x), flags.lambada)
+            terms.total.backward()
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return step
+
+    def search(self) -> None:
+        """Choose each method's flags; choices.json keeps them with all scores."""
+        items = [
+            (name, flags, SEARCH_SEED, self.args.share, self.folder / "search" / f"{name}_{number}")
+            for name in self.methods
+            for number, flags in enumerate(TRIES.get(name, _LAMBDAS))
+        ]
+        run_each(self.train_one, items, self.args.jobs)
+        scores: dict[str, dict[str, list[float]]] = {name: {} for name in self.methods}
+        for name, flags, *_, folder in items:
+            log = read_log(folder / "log.txt")
+            columns = log["Held-out Robust Acc."], log["Held-out Acc."]
+            complete = len(columns[0]) == self.length(name, self.args.share)[0]
+            scores[name][flags] = [each[-1] if complete else 0.0 for each in columns]
+        chosen = {name: max(found, key=found.get) for name, found in scores.items()}
+        content = {"chosen": chosen, "held-out robust and clean accuracy": scores}
+        write_atomic(self.folder / "choices.json", json.dumps(content, indent=1).encode())
+
+    def runs(self) -> list[tuple[str, str, int, float, Path]]:
+        """The arguments of :meth:`train_one` for the networks of the table."""
+        chosen = json.loads((self.folder / "choices.json").read_text())["chosen"]
+        pairs = itertools.product(self.args.seeds, self.methods)
+        return [(name, chosen[name], s, 1.0, self.folder / f"{name}_{s}") for s, name in pairs]
+
+    def train(self) -> None:
+        """The networks of the table."""
+        run_each(self.train_one, self.runs(), self.args.jobs)
+
+    def attack(self) -> None:
+        """Every network by every attack, all networks by one attack before the next."""
+
+        def evaluate(folder: Path, attack: str, count: int, epsilon: str) -> None:
+            report = report_of(folder, attack, epsilon)
+            digest = sha256_of(folder / BEST)
+            if report.exists() and json.loads(report.read_text())["checkpoint_sha256"] == digest:
+                return
+            words = [f"{self.scripts}_eval.py", *self.data, "--attack_method", attack]
+            words += ["--epsilon", epsilon, "--num_examples", str(count)]
+            words += ["--model_path", str(folder / BEST), "--output", str(report)]
+            run(words, report.with_suffix(".out"))
+
+        pairs = itertools.product(self.attacks, self.runs())
+        run_each(evaluate, [(each[-1], *attack) for attack, each in pairs], self.args.jobs)
+
+    def table(self) -> None:
+        """Print the table; write everything to ``--output``."""
+        rows: dict[str, dict] = {}
+        for name, choice, seed, _, folder in self.runs():
+            log, steps = read_log(folder / "log.txt"), math.prod(self.length(name))
+            found = {"clean (%)": math.nan}
+            for attack, _, epsilon in self.attacks:
+                report = json.loads(report_of(folder, attack, epsilon).read_text())
+                head = f"{attack} {epsilon}, first {report['num_examples']:,} (%)"
+                found[head] = report["attacks"][attack]["robust_accuracy"]
+                if report["num_examples"] == report["test_set"]:
+                    found["clean (%)"] = report["clean_accuracy"]
+            found["minutes"] = sum(log["Seconds"]) / 60
+            entry = {"flags": f"{self.methods[name]} {choice}", "steps": steps, "runs": {}}
+            curve = {"held_out_robust": log["Held-out Robust Acc."]}
+            rows.setdefault(name, entry)["runs"][str(seed)] = found | curve
+        cells = [["method", "flags", "steps", *found]]
+        for name, row in rows.items():
+            cells.append([name, f"`{row['flags']}`", f"{row['steps']:,}"])
+            cells[-1] += [spread([each[head] for each in row["runs"].values()]) for head in found]
+        print(markdown_table(cells, left=(0, 1)))
+        keys = ("dataset", "minutes", "flags", "share")
+        content = {key: getattr(self.args, key) for key in keys} | {"versions": versions()}
+        content |= {"step_times": self.times[self.args.dataset], "rows": rows}
+        output = self.args.output or self.folder / "table.json"
+        write_atomic(output, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def main() -> int:
+    stages = ("time", "search", "train", "attack", "table")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("dataset", choices=SETTINGS)
+    add("--minutes", type=float, default=60.0, help="of one core, by AT")
+    add("--stages", nargs="+", choices=stages, default=stages)
+    add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods")
+    add("--extra", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"),
+        help="a variant of LFR")  # fmt: skip
+    add("--flags", default="", help="training flags that all methods get, as one word")
+    add("--share", type=float, default=0.1, help="of the minutes, for each try of the search")
+    add("--seeds", type=int, nargs="+", default=[1000, 1001, 1002], help="a network for each")
+    add("--turns", type=positive, default=20, help="of the timing")
+    add("--data_dir", type=Path, default=Path("./data"))
+    add("--runs_dir", type=Path, default=Path("runs/equal_cost"))
+    add("--threads", type=positive, default=1, help="CPU threads of a run")
+    add("--jobs", type=positive, default=1, help="runs at the same time")
+    add("--output", type=Path, help="JSON with everything")
+    args = parser.parse_args()
+    if not (0 < args.minutes < math.inf and 0 < args.share <= 1):
+        parser.error("--minutes must be above 0 and finite, --share above 0 and at most 1")
+    table = Table(args)
+    for stage in stages:
+        if stage in args.stages:
+            getattr(table, stage)()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

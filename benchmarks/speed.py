@@ -1,0 +1,271 @@
+"""What LFR costs: paired times of this code, of plain double backward, and of another checkout.
+
+    python -m benchmarks.speed --data_dir DATA --small_cnn FILE --resnet FILE --output FILE.json
+    python -m benchmarks.speed --against ../older_checkout
+    python -m benchmarks.speed --device cuda --networks preact_resnet wrn --dtypes tf32 bfloat16
+    python -m benchmarks.speed --batches 4 --turns 1 --num_steps 1            # a rehearsal
+
+Rows: the paper's search, a training step with ``--search paper`` and ``fast``, and PGD, for every
+network, data type, layout and batch named. The sides take turns; a row tells the median of the
+paired ratios, so that a machine whose speed drifts slows all sides. The plain side is
+`reference.py` with the same search, data type and layout. ``--against`` adds another checkout, in a
+second process. On CUDA the clock is CUDA events. Rows that the output has are not measured again.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models import build_model
+from utils.attacks import Budget
+from utils.errors import UserError, run_script
+
+try:
+    from utils.lfr import Ball, inner_maximization, lfr_loss
+except ImportError:  # --serve in a checkout from before `utils/lfr` was a package
+    from utils.ball import Ball
+
+    from utils.attacks import attack as pgd
+    from utils.lfr import lfr_loss
+    from utils.lfr import sharpest_point as inner_maximization
+else:
+    from benchmarks import reference
+    from tools.scripts import positive
+    from utils.attacks import pgd
+    from utils.checkpoints import load_network
+    from utils.datasets import load_dataset
+    from utils.lfr import initial_point
+    from utils.run_folder import write_atomic
+    from utils.runtime import versions
+    from utils.tables import markdown_table
+
+
+class Case(NamedTuple):
+    """A network, and the settings of its dataset."""
+
+    arch: dict[str, Any]
+    dataset: str
+    epsilon: float
+    lambada: float
+    paper: dict[str, Any]  # the two searches
+    fast: dict[str, Any]
+
+
+_GREY = {"step_size": 0.01, "num_steps": 40}, {"step_size": 0.15, "num_steps": 4}
+_COLOUR = {"step_size": 0.007, "num_steps": 10}, {"step_size": 0.062, "num_steps": 2}
+CASES = {"small_cnn": Case({}, "MNIST", 0.3, 0.02, *_GREY)} | {
+    name: Case(arch, "cifar10", 0.031, 0.03, *_COLOUR)
+    for name, arch in (("resnet", {"depth": 20}), ("preact_resnet", {}),
+                       ("wrn", {"depth": 28, "widen_factor": 10}))
+}  # fmt: skip
+ROWS = ("paper search", "paper step", "fast step", "PGD")
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+Jobs = dict[str, Callable[[], Tensor]]  # by row; they return x_adv or verdicts
+
+
+def set_up(threads: int, dtype: str, device: torch.device) -> torch.autocast:
+    """What a process computes with."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def jobs(case: Case, autocast: Any, network: nn.Module, *batch: Tensor) -> Jobs:
+    """Every row as this checkout's code does it; ``network`` in eval mode."""
+    (x, y, start), ball = batch, Ball("l_inf", case.epsilon)
+    budget = Budget("l_inf", case.epsilon, random_start=False, **case.paper)
+    trained = copy.deepcopy(network).train()
+    # A learning rate of zero: the weights must be the same in every run that is timed.
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0, momentum=0.9)
+
+    def step(search: str) -> Tensor:
+        optimizer.zero_grad()
+        options = {**getattr(case, search), "lambada": case.lambada, "search": search}
+        with autocast:
+            terms = lfr_loss(trained, x, y, ball, start=start, **options)
+        terms.total.backward()
+        optimizer.step()
+        return terms[-1]
+
+    find = partial(inner_maximization, network, x, y, ball, start=start, **case.paper)
+    attack = autocast(lambda: pgd(network, x, y, budget).robust)
+    return dict(zip(ROWS, (autocast(find), partial(step, "paper"), partial(step, "fast"), attack)))
+
+
+def plain(case: Case, autocast: Any, network: nn.Module, *batch: Tensor) -> Jobs:
+    """The same rows by `reference.py`."""
+    trained = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0, momentum=0.9)
+    paper, fast = ({"epsilon": case.epsilon, **search} for search in (case.paper, case.fast))
+    find = partial(reference.inner_maximization, network, *batch, **paper)
+    step = partial(reference.training_step, trained, optimizer, *batch, lambada=case.lambada)
+    both = partial(step, **paper), partial(step, **fast, second_order=False)
+    attack = partial(reference.pgd_verdicts, network, *batch[:2], batch[0], **paper)
+    return dict(zip(ROWS, map(autocast, (find, *both, attack))))
+
+
+def measure(job: Callable[[], Tensor], device: torch.device) -> tuple[float, ...]:
+    """Seconds and peak GiB of one call; NaN where the memory does not suffice."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        job()
+        return time.perf_counter() - began, 0.0
+    torch.cuda.reset_peak_memory_stats()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    try:
+        start.record()
+        job()
+        end.record()
+    except torch.OutOfMemoryError:
+        return math.nan, math.nan
+    end.synchronize()
+    return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**30
+
+
+@contextmanager
+def other_process(checkout: Path, *given: Any) -> Iterator[Callable[[str], tuple[float, ...]]]:
+    """A function that measures a row by the code of another checkout, in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save((torch.get_num_threads(), *given), file.name)
+        words, pipe = [sys.executable, __file__, "--serve", file.name], subprocess.PIPE
+        path = {**os.environ, "PYTHONPATH": str(checkout)}
+        options = {"cwd": checkout, "env": path, "stdin": pipe, "stdout": pipe, "text": True}
+        with subprocess.Popen(words, **options) as process:
+
+            def run(row: str) -> tuple[float, ...]:
+                print(row, file=process.stdin, flush=True)
+                if not (answer := process.stdout.readline()):
+                    raise UserError(f"--against {checkout}: its process has ended, see above")
+                return tuple(map(float, answer.split()))
+
+            yield run
+            process.stdin.close()
+
+
+def serve(file: str) -> None:
+    """Be the other process: measure the row that each line names."""
+    threads, dtype, layout, case, arch, state, x, *rest = torch.load(file)
+    network = build_model(**arch)
+    network.load_state_dict(state)
+    network.to(x.device, memory_format=LAYOUTS[layout]).eval()
+    rows = jobs(Case(*case), set_up(threads, dtype, x.device), network, x, *rest)
+    for line in sys.stdin:
+        print(*measure(rows[line.strip()], x.device), flush=True)
+
+
+def paired(sides: dict[str, Callable[[], tuple[float, ...]]], turns: int) -> dict[str, Any]:
+    """Medians of each side, and ratios to ours: median, least, largest."""
+    taken = [{name: side() for name, side in sides.items()} for _ in range(turns + 1)][1:]
+    found: dict[str, Any] = {"seconds": {}, "GiB": {}}
+    for name in sides:
+        for key, values in zip(found, zip(*(each[name] for each in taken))):
+            found[key][name] = statistics.median(values)
+        ratios = [each[name][0] / each["ours"][0] for each in taken]
+        found |= {f"{name} / ours": [statistics.median(ratios), min(ratios), max(ratios)]}
+    return found
+
+
+def compare(
+    args: argparse.Namespace, setting: tuple[str, int, str, str], rows: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Some rows of one network, batch, layout and data type, one after the other."""
+    name, batch, layout, dtype = setting
+    case, device, form = CASES[name], torch.device(args.device), LAYOUTS[layout]
+    if args.num_steps:
+        fewer = {"num_steps": args.num_steps}
+        case = case._replace(paper=case.paper | fewer, fast=case.fast | fewer)
+    torch.manual_seed(0)
+    shape = (1, 28, 28) if case.dataset == "MNIST" else (3, 32, 32)
+    x, y = torch.rand(batch, *shape), torch.randint(10, (batch,))
+    if args.data_dir:
+        data = load_dataset(case.dataset, args.data_dir, train=False).head(batch)
+        x, y = data.float_images(), data.labels
+    if file := getattr(args, name):
+        network = load_network(file)[0]
+    else:  # SmallCNN's last layer begins at zero, where there is no gradient
+        network = build_model(name, **case.arch).eval()
+        [each for each in network.modules() if isinstance(each, nn.Linear)][-1].reset_parameters()
+    network.to(device, memory_format=form)
+    x, y, ball = x.to(device, memory_format=form), y.to(device), Ball("l_inf", case.epsilon)
+    given = network, x, y, initial_point(x, ball, "paper")
+    autocast = set_up(args.threads, dtype, device)
+    ours, theirs = jobs(case, autocast, *given), plain(case, autocast, *given)
+    sent = dtype, layout, tuple(case), network.arch, network.state_dict(), *given[1:]
+    other = other_process(args.against.resolve(), *sent) if args.against else nullcontext()
+    with other as run_other:
+        for row in rows:
+            sides = {"plain": partial(measure, theirs[row], device)}
+            sides["ours"] = partial(measure, ours[row], device)
+            sides |= {"other": partial(run_other, row)} if args.against else {}
+            yield row, paired(sides, args.turns)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown of all rows."""
+    columns = [(key, side) for key in ("seconds", "GiB") for side in ("plain", "ours")]
+    ratios = ["plain / ours", "other / ours"]
+    keys = ("network", "batch", "layout", "type", "what")
+    rows = [[*keys, *map(", ".join, columns), "ours, images/s", *ratios]]
+    for key, row in found.items():
+        cells = [f"{row[name][side]:.4g}" for name, side in columns]
+        cells.append(f"{int(key.split(' | ')[1]) / row['seconds']['ours']:.4g}")
+        cells += ["{:.2f}x ({:.2f} to {:.2f})".format(*row.get(k, [math.nan] * 3)) for k in ratios]
+        rows.append([*key.split(" | "), *cells])
+    return markdown_table(rows, left=range(4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--networks", nargs="+", choices=CASES, default=["small_cnn", "resnet"])
+    add("--batches", nargs="+", type=positive, default=[128])
+    add("--layouts", nargs="+", choices=LAYOUTS, default=["channels_last"])
+    add("--dtypes", nargs="+", choices=("float32", "tf32", "bfloat16"), default=["float32"])
+    add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
+    add("--against", type=Path, help="another checkout of this repository")
+    add("--turns", type=positive, default=5, help="that count")
+    add("--num_steps", type=positive, help="of every search and attack; default: as published")
+    add("--threads", type=positive, default=torch.get_num_threads())
+    add("--data_dir", type=Path, help="folder of the data sets; default: random images")
+    for name in CASES:
+        add(f"--{name}", type=Path, metavar="FILE", help="its checkpoint; default: fresh weights")
+    add("--output", type=Path, help="JSON file")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA here")
+    report: dict[str, Any] = {"versions": versions(), "rows": {}}
+    if args.output and args.output.exists():
+        report = json.loads(args.output.read_text())
+    found, lists = report["rows"], (args.networks, args.batches, args.layouts, args.dtypes)
+    for setting in itertools.product(*lists):
+        keys = {row: " | ".join(map(str, (*setting, row))) for row in args.only}
+        todo = [row for row, key in keys.items() if key not in found]
+        for row, figures in compare(args, setting, todo) if todo else ():
+            found[keys[row]] = figures
+            if args.output:
+                write_atomic(args.output, (json.dumps(report, indent=1) + "\n").encode())
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    serve(sys.argv[2]) if sys.argv[1:2] == ["--serve"] else run_script(main)

@@ -1,0 +1,1 @@
+"""Fault injection: ``python -m tests.faults`` (see ``__main__.py``)."""

@@ -1,0 +1,181 @@
+"""benchmarks/equal_cost.py: equal cost, the choice by held-out images, stages that resume."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import cifar_defense
+import MNIST_defense
+from benchmarks import equal_cost
+from tools import scripts
+from utils.checkpoints import sha256_of
+from utils.errors import UserError
+from utils.options import settle_training, training_parser
+
+RELATIVE = {"at": 1.0, "lfr": 2.0, "none": 0.25, "igr": 0.5, "trades": 1.5, "wide": 2.5}
+TIMES = {name: {"at_seconds": 0.5, "relative": RELATIVE} for name in equal_cost.SETTINGS}
+STEPS = {"at": 120, "lfr": 60, "none": 480, "wide": 48}  # one minute of AT, and the others
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Scripts are not run: the commands are kept, and their files are made up."""
+    asked: list[list[str]] = []
+
+    def value(command: list[str], flag: str) -> str:
+        return command[command.index(flag) + 1]
+
+    def pretend(command: list[str], output: Path) -> None:
+        asked.append(command)
+        if "_eval" in command[0]:
+            path = Path(value(command, "--model_path"))
+            entries = {value(command, "--attack_method"): {"robust_accuracy": 40.0}}
+            report = {"checkpoint_sha256": sha256_of(path), "num_examples": 360, "test_set": 360}
+            report |= {"clean_accuracy": 90.0, "attacks": entries}
+            Path(value(command, "--output")).write_text(json.dumps(report))
+            return
+        folder = Path(value(command, "--checkpoint"))
+        folder.mkdir(exist_ok=True)
+        lr = float(value(command, "--lr"))
+        rows = [f"{50 if lr == 0.1 else 40 + lr}\t{90 - lr}\t30"] * int(value(command, "--epochs"))
+        if lr == 0.2 and value(command, "--defense") == "lfr":
+            rows.pop()
+        lines = ["Held-out Robust Acc.\tHeld-out Acc.\tSeconds", *rows]
+        (folder / "log.txt").write_text("\n".join(lines) + "\n")
+        (folder / "model_best.pth.tar").write_bytes(b"best")
+        if lr == 0.2 and value(command, "--defense") == "lfr":
+            output.write_text("MNIST_defense.py: error: the loss is nan in step 1 of epoch 2")
+            raise UserError("MNIST_defense.py ended with exit code 2")
+
+    monkeypatch.setattr(equal_cost, "run", pretend)
+    monkeypatch.setattr(equal_cost, "TIMES", tmp_path / "step_times.json")
+    (tmp_path / "step_times.json").write_text(json.dumps(TIMES))
+    return asked
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    def run(*words: object) -> int:
+        line = ["equal_cost", "digits", "--minutes", 1, "--runs_dir", tmp_path / "runs", *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, line)))
+        return equal_cost.main()
+
+    return run
+
+
+def test_every_method_has_as_many_tries():
+    assert set(equal_cost.TRIES) == set(equal_cost.METHODS)
+    assert {len(set(tries)) for tries in equal_cost.TRIES.values()} == {6}
+
+
+@pytest.mark.parametrize("dataset", equal_cost.SETTINGS)
+def test_the_scripts_understand_the_flags(dataset):
+    scripts, setting, _ = equal_cost.SETTINGS[dataset]
+    defaults = {"MNIST": MNIST_defense, "cifar": cifar_defense}[scripts].DEFAULTS
+    for name, method in equal_cost.METHODS.items():
+        words = f"--dataset {dataset} {equal_cost.COMMON} {setting} {method}".split()
+        for tried in equal_cost.TRIES[name]:
+            parser = training_parser(defaults, "")
+            args = settle_training(parser, defaults, parser.given([*words, *tried.split()]))
+            assert args.defense == name and args.val_size is None
+            assert args.epsilon == pytest.approx(8 / 255 if scripts == "cifar" else 0.3)
+            # AT, TRADES and LFR ascend with the same steps.
+            assert name in ("none", "igr") or args.search == "fast"
+
+
+def test_a_table_from_nothing(commands, table, tmp_path, capsys):
+    words = ["--only", "at", "lfr", "none", "--extra", "wide", "--ema 0.9", "--seeds", 1, 2]
+    words += ["--output", tmp_path / "table.json"]
+    assert table(*words) == 0
+    train = [c for c in commands if "_defense" in c[0]]
+    assert len(train) == 4 * 6 + 2 * 4 and len(commands) == len(train) + 2 * 4
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert set(found["rows"]) == set(STEPS) and found["step_times"]["at_seconds"] == 0.5
+    for name, row in found["rows"].items():
+        assert row["steps"] == pytest.approx(STEPS[name], rel=0.05)
+        # 0.1 has the most robust accuracy; 0.2 of lfr diverged and is not chosen.
+        assert "--lr 0.1" in row["flags"]
+        for run in row["runs"].values():
+            assert run["clean (%)"] == 90 and run["PGD 0.3, first 360 (%)"] == 40
+            assert run["minutes"] == len(run["held_out_robust"]) / 2
+    assert "--ema 0.9" in found["rows"]["wide"]["flags"]
+    assert "| at | `--defense at --search fast --lr 0.1` | 120 | 90.0 (90.0 to 90.0)" in (
+        capsys.readouterr().out
+    )
+    # The short trainings of the search have a seed of their own and a tenth of the length.
+    seeds = {c[c.index("--manualSeed") + 1] for c in train}
+    assert seeds == {"1", "2"} and equal_cost.SEARCH_SEED == 1
+    # Given again, nothing is run but what diverged.
+    commands.clear()
+    assert table(*words) == 0
+    assert {c[c.index("--lr") + 1] for c in commands} == {"0.2"}
+
+
+def test_an_interrupted_search_is_not_a_choice(commands, table, monkeypatch, tmp_path, capsys):
+    def fail(command: list[str], output: Path) -> None:
+        output.write_text("killed")
+        raise UserError("MNIST_defense.py was interrupted")
+
+    monkeypatch.setattr(equal_cost, "run", fail)
+    with pytest.raises(UserError, match="the same command resumes them"):
+        table("--only", "at")
+    assert not list(tmp_path.rglob("choices.json"))
+
+
+def test_the_cost_of_a_step_is_measured_once(table, commands, tmp_path):
+    path = tmp_path / "step_times.json"
+    path.write_text(json.dumps({"MNIST": {"kept": 1}}))
+    words = ["--only", "none", "lfr", "--stages", "time", "--turns", 1]
+    assert table(*words) == 0
+    times = json.loads(path.read_text())
+    assert times["MNIST"] == {"kept": 1}
+    relative = times["digits"]["relative"]
+    assert set(relative) == {"none", "lfr"} and relative["none"] < relative["lfr"]
+    assert times["digits"]["at_seconds"] > 0
+    written = path.stat().st_mtime_ns
+    assert table(*words) == 0 and path.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "nan"], ["--jobs", "0"]])
+def test_senseless_values_are_refused(words, table, commands, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        table(*words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_failing_script_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"MNIST_eval\.py ended with exit code 2, see .*log$"):
+        scripts.run(["MNIST_eval.py", "--no_such_flag"], tmp_path / "log")
+    assert "--no_such_flag" in (tmp_path / "log").read_text()
+
+
+def test_several_runs_go_on_when_one_fails(capsys):
+    done = []
+
+    def work(number: int) -> None:
+        if number == 2:
+            raise UserError("two")
+        done.append(number)
+
+    with pytest.raises(UserError, match="1 of 3 failed; the same command resumes them"):
+        scripts.run_each(work, [(1,), (2,), (3,)], jobs=2)
+    assert sorted(done) == [1, 3] and capsys.readouterr().err == "two\n"
+    scripts.run_each(work, [], 1)
+
+
+def test_a_network_that_changed_is_attacked_again(commands, table, tmp_path):
+    words = ["--only", "at", "--seeds", 1]
+    assert table(*words) == 0
+    commands.clear()
+    (best,) = tmp_path.glob("runs/*/at_1/model_best.pth.tar")
+    best.write_bytes(b"another")
+    assert table(*words) == 0
+    assert [command[0] for command in commands] == ["MNIST_eval.py"]
+
+
+def test_spread_over_seeds():
+    assert scripts.spread([1.0]) == "1.0"
+    assert scripts.spread([-1.0, 4.0, float("nan")]) == "1.5 (-1.0 to 4.0)"
+    assert scripts.spread([float("nan")]) == "-"
