@@ -169,12 +169,22 @@ def load_network(
     """
     path = find_checkpoint(path, BEST)
     checkpoint = load_checkpoint(path)
+    return network_of(checkpoint, path, asked, device), checkpoint
+
+
+def network_of(
+    checkpoint: Mapping[str, Any],
+    path: AnyPath,
+    asked: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The network of a checkpoint that is loaded already, see :func:`load_network`."""
     arch = arch_of(checkpoint, asked, path)
     with naming(path), torch.device("meta"):  # takes no memory and draws no random numbers
         network = build_model(**arch)
     network.to_empty(device="cpu")
     restore_network(network, checkpoint, path)
-    return network.to(device).eval(), checkpoint
+    return network.to(device).eval()
 
 
 def restore_network(network: nn.Module, checkpoint: Mapping[str, Any], path: AnyPath) -> None:

@@ -157,8 +157,8 @@ def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_
         for x, y, _ in Batches(data, batch_size, shuffle=False):
             x_adv = pgd_point(network, x, y, attack, start=x)
             with torch.no_grad():
-                right = (network(points).argmax(1) == y for points in (x, x_adv))
-                robust += int((next(right) & next(right)).sum())
+                right = (network(x).argmax(1) == y) & (network(x_adv).argmax(1) == y)
+            robust += int(right.sum())
     return 100 * robust / len(data)
 
 

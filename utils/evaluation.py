@@ -351,9 +351,13 @@ def _call(name: str) -> nn.Module:
 
 
 def build_network(
-    args: argparse.Namespace, path: str | None, data: ImageSet, device: torch.device
+    args: argparse.Namespace,
+    path: str | None,
+    checkpoint: Mapping[str, Any],
+    data: ImageSet,
+    device: torch.device,
 ) -> nn.Module:
-    """The network that the flags name, with a file's weights, in eval mode, or UserError."""
+    """The network that the flags name, with a checkpoint's weights, in eval mode, or UserError."""
     if args.network:
         network = _call(args.network)
     elif args.arch and args.arch.startswith("timm:"):
@@ -364,9 +368,9 @@ def build_network(
             raise UserError(f"--arch {args.arch}: {error} (pip install timm?)") from None
     else:
         asked = {n: getattr(args, n) for n in ("depth", "block_name", "widen_factor", "drop")}
-        network, _ = checkpoints.load_network(path, {"name": args.arch, **asked}, device)
+        network = checkpoints.network_of(checkpoint, path, {"name": args.arch, **asked}, device)
     if path and (args.network or ":" in (args.arch or "")):
-        checkpoints.restore_network(network, checkpoints.load_checkpoint(path), path)
+        checkpoints.restore_network(network, checkpoint, path)
     arch = getattr(network, "arch", {})
     side, (height, width) = arch.get("image_size"), data.image_size
     for what, has, needs in (
@@ -413,7 +417,7 @@ def run_evaluation(
         if (args.num_examples or 0) > available:
             notes.append(f"--num_examples {args.num_examples}: all {available} are taken")
         data = data.head(args.num_examples or available).to(process.device)
-        network = build_network(args, path, data, process.device)
+        network = build_network(args, path, checkpoint, data, process.device)
         digest = checkpoints.sha256_of(path) if path else _sha256(*network.state_dict().values())
         process.log(f"model: {path or args.network} (sha256 {digest[:12]})")
         part = f"first {len(data):,} of {available:,} {args.split} images"
@@ -457,10 +461,11 @@ def _masking(
     args: argparse.Namespace, network: nn.Module, data: ImageSet, settings: Settings
 ) -> list[dict[str, Any]]:
     """The checks for gradient masking; prints their verdicts."""
-    found, path = [], args.transfer_from
-    options = {"seed": args.seed, "batch": args.test_batch}
-    if path:
-        options["transfer_from"] = build_network(args, path, data, data.device)
+    found, options = [], {"seed": args.seed, "batch": args.test_batch}
+    if args.transfer_from:
+        path = checkpoints.find_checkpoint(args.transfer_from, BEST)
+        other = checkpoints.load_checkpoint(path)
+        options["transfer_from"] = build_network(args, path, other, data, data.device)
     budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:4])
     print("\nIs it real? Signs of masked gradients:")
     checks = masking_checks(network, _floats(data.images), data.labels, budget, **options)
