@@ -32,11 +32,11 @@ import cifar_defense
 import MNIST_defense
 from models import build_model
 from tools.scripts import ROOT, positive, run, run_each, spread
-from utils.checkpoints import sha256_of
 from utils.datasets import load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.errors import UserError, run_script
 from utils.lfr import Ball
+from utils.networks import sha256_of
 from utils.options import settle_training, training_parser
 from utils.progress import Bar
 from utils.run_folder import BEST, read_log, write_atomic

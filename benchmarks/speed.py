@@ -48,9 +48,9 @@ else:
     from benchmarks import reference
     from tools.scripts import positive
     from utils.attacks import pgd
-    from utils.checkpoints import load_network
     from utils.datasets import load_dataset
     from utils.lfr import initial_point
+    from utils.networks import load_network
     from utils.run_folder import write_atomic
     from utils.runtime import versions
     from utils.tables import markdown_table

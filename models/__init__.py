@@ -20,20 +20,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(name: str, **options: Any) -> nn.Module:
-    """A freshly initialised network.
+    """A freshly initialised network: a key of :data:`MODELS`.
 
-    Args:
-        name: a key of :data:`MODELS`.
-        options: any options of any network; each network takes those it knows, so that one set of
-            command-line flags serves all of them. ``activation``: a key of :data:`ACTIVATIONS`;
-            ``norm_layer``: one of :data:`NORM_LAYERS`; ``in_channels``: 1 for grey, 3 for colour.
-
-    Returns the network, with ``network.arch``: a plain dict from which
-    ``build_model(**network.arch)`` builds the same architecture again. Checkpoints store it.
-    Raises ValueError for an unknown name, or an option that the network refuses.
+    ``options``: any options of any network; each takes those it knows, so that one set of flags
+    serves all. ``network.arch`` is a plain dict from which ``build_model(**network.arch)`` builds
+    the same architecture again; checkpoints store it. Raises ValueError for an unknown name, or an
+    option that the network refuses.
     """
-    if name not in MODELS:
-        raise ValueError(f"arch is {name!r}, allowed are {', '.join(MODELS)}")
+    known = {"activation": ACTIVATIONS, "norm_layer": NORM_LAYERS, "block_name": BLOCKS}
+    for chosen, names in ((name, MODELS), *((options.get(k), known[k]) for k in known)):
+        if chosen not in (None, *names):
+            raise ValueError(f"{chosen!r} is unknown, allowed are {', '.join(names)}")
     parameters = inspect.signature(MODELS[name]).parameters
     arch = {key: options.get(key, parameter.default) for key, parameter in parameters.items()}
     network = MODELS[name](**arch)
@@ -42,15 +39,10 @@ def build_model(name: str, **options: Any) -> nn.Module:
 
 
 def infer_arch(state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The architecture whose parameters these are, read from their names and shapes.
+    """Options for :func:`build_model`, from the names and shapes of parameters; None: not ours.
 
     For checkpoints that do not carry their architecture, such as the original's. What leaves no
     trace in the parameters (dropout, activation) takes its default.
-
-    Args:
-        state_dict: parameter names without ``module.``.
-
-    Returns options for :func:`build_model`, or None when no network of ours looks like that.
     """
     shapes = {name: tuple(v.shape) for name, v in state_dict.items() if isinstance(v, Tensor)}
     small = "classifier.fc3.weight" in shapes

@@ -14,25 +14,16 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": lambda: nn.Softplus(beta=10),  # a ReLU rounded over about +-0.2
 }
 MONOTONE = ("relu", "leaky_relu", "elu", "softplus")  # these commute with max-pooling
-NORM_LAYERS = ("batch", "group", "none")
+NORM_LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(max(1, channels // 8), channels),
+    "none": lambda channels: nn.Identity(),
+}
 
 
 def activation_layer(name: str, inplace: bool = False) -> nn.Module:
-    """The activation called ``name``, or ValueError; ``inplace``: ReLU may overwrite its input."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation is {name!r}, allowed are {', '.join(ACTIVATIONS)}")
+    """The activation called ``name``; ``inplace``: ReLU may overwrite its input."""
     return nn.ReLU(inplace) if name == "relu" else ACTIVATIONS[name]()
-
-
-def norm_layer(name: str, channels: int) -> nn.Module:
-    """Normalisation of ``channels`` feature maps (``group``: groups of 8), or ValueError."""
-    if name == "batch":
-        return nn.BatchNorm2d(channels)
-    if name == "group":
-        return nn.GroupNorm(max(1, channels // 8), channels)
-    if name == "none":
-        return nn.Identity()
-    raise ValueError(f"norm_layer is {name!r}, allowed are {', '.join(NORM_LAYERS)}")
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:

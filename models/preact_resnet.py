@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .layers import activation_layer, conv_norm, initialize
-from .layers import norm_layer as build_norm
+from .layers import NORM_LAYERS, activation_layer, conv_norm, initialize
 
 
 class PreActBlock(nn.Module):
@@ -22,9 +21,9 @@ class PreActBlock(nn.Module):
         self, inputs: int, outputs: int, stride: int, drop: float, activation: str, norm: str
     ) -> None:
         super().__init__()
-        self.bn1 = build_norm(norm, inputs)
+        self.bn1 = NORM_LAYERS[norm](inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2 = build_norm(norm, outputs)
+        self.bn2 = NORM_LAYERS[norm](outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.relu, self.drop = activation_layer(activation), nn.Dropout(drop)
         same = inputs == outputs
@@ -41,9 +40,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Stages of ``blocks`` blocks each; all but the first halve height and width.
 
-    Args:
-        stem: channels of the first convolution.
-        widths: channels of each stage.
+    ``stem`` and ``widths``: channels of the first convolution and of each stage.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class PreActResNet(nn.Module):
                 inputs = width
             layer = nn.Sequential(OrderedDict(layer=nn.Sequential(*layers)))  # the published name
             setattr(self, stage, layer)
-        self.bn1 = build_norm(norm_layer, inputs)
+        self.bn1 = NORM_LAYERS[norm_layer](inputs)
         self.relu = activation_layer(activation)
         self.fc = nn.Linear(inputs, num_classes)
         initialize(self)
@@ -79,10 +76,7 @@ def wide_resnet(
     depth: int = 28, widen_factor: int = 10, num_classes: int = 10, in_channels: int = 3,
     drop: float = 0.0, activation: str = "relu", norm_layer: str = "batch",
 ) -> PreActResNet:  # fmt: skip
-    """WRN-depth-widen_factor, with dropout between a block's convolutions.
-
-    Raises ValueError for a depth that is not 6n+4, an unknown activation or norm.
-    """
+    """WRN-depth-widen_factor; ValueError: a depth that is not 6n+4."""
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth is {depth}, a wide ResNet needs 6n+4: 10, 16, 22, 28, ...")
     widths, blocks = [width * widen_factor for width in (16, 32, 64)], (depth - 4) // 6
@@ -92,6 +86,6 @@ def wide_resnet(
 def preact_resnet18(
     num_classes: int = 10, in_channels: int = 3, activation: str = "relu", norm_layer: str = "batch"
 ) -> PreActResNet:
-    """PreActResNet-18. Raises ValueError for an unknown activation or norm."""
+    """PreActResNet-18."""
     widths = (64, 128, 256, 512)
     return PreActResNet(64, widths, 2, num_classes, in_channels, activation, norm_layer)

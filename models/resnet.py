@@ -7,8 +7,7 @@ projection shortcut (1x1 convolution and BatchNorm) where the shape changes.
 
 from torch import Tensor, nn
 
-from .layers import activation_layer, conv_norm, initialize
-from .layers import norm_layer as build_norm
+from .layers import NORM_LAYERS, activation_layer, conv_norm, initialize
 
 
 class BasicBlock(nn.Module):
@@ -25,13 +24,13 @@ class BasicBlock(nn.Module):
             after = outputs if i == len(self.kernels) else width
             conv = nn.Conv2d(channels, after, size, step, size // 2, bias=bias)
             setattr(self, f"conv{i}", conv)
-            setattr(self, f"bn{i}", build_norm(norm, after))
+            setattr(self, f"bn{i}", NORM_LAYERS[norm](after))
             channels = after
         self.relu = activation_layer(activation, inplace=True)
         self.downsample = None
         if stride != 1 or inputs != outputs:
             conv = nn.Conv2d(inputs, outputs, 1, stride, bias=bias)
-            self.downsample = nn.Sequential(conv, build_norm(norm, outputs))
+            self.downsample = nn.Sequential(conv, NORM_LAYERS[norm](outputs))
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
         """The convolutions, each with its norm."""
@@ -58,11 +57,9 @@ BLOCKS = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet.
+    """The CIFAR ResNet; ValueError: a depth that no n gives.
 
-    Without normalisation each block starts as its shortcut, which keeps the signal's size (Zhang et
-    al., "Fixup", 2019). Raises ValueError for a depth that no n gives, an unknown block, activation
-    or norm.
+    Without normalisation each block starts as its shortcut (Zhang et al., "Fixup", 2019).
     """
 
     def __init__(
@@ -70,15 +67,13 @@ class ResNet(nn.Module):
         block_name: str = "BasicBlock", activation: str = "relu", norm_layer: str = "batch",
     ) -> None:  # fmt: skip
         super().__init__()
-        if block_name not in BLOCKS:
-            raise ValueError(f"block_name is {block_name!r}, allowed are {', '.join(BLOCKS)}")
         block = BLOCKS[block_name]
         per_n = 3 * len(block.kernels)
         if depth < per_n + 2 or (depth - 2) % per_n:
             allowed = ", ".join(str(per_n * n + 2) for n in range(1, 4))
             raise ValueError(f"depth is {depth}, {block_name} needs {per_n}n+2: {allowed}, ...")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=norm_layer == "none")
-        self.bn1 = build_norm(norm_layer, 16)
+        self.bn1 = NORM_LAYERS[norm_layer](16)
         self.relu = activation_layer(activation, inplace=True)
         channels = 16
         for stage, width in enumerate((16, 32, 64), 1):

@@ -13,10 +13,9 @@ from .layers import MONOTONE, activation_layer
 
 
 class SmallCNN(nn.Module):
-    """conv 32, 32, pool, 64, 64, pool, dense 200, 200, classes.
+    """conv 32, 32, pool, 64, 64, pool, dense 200, dropout, 200, classes.
 
-    ``drop`` is the probability of dropout after the first dense layer, ``image_size`` the side of
-    the square images in pixels. Raises ValueError where that is less than 16.
+    ``image_size``: side of the square images in pixels. Raises ValueError for less than 16.
     """
 
     def __init__(
@@ -39,16 +38,15 @@ class SmallCNN(nn.Module):
             layers.update((key, last[key]) for key in order)
             channels = width
         self.feature_extractor = nn.Sequential(OrderedDict(layers))
-        self.classifier = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(64 * side * side, 200),
-                relu1=activation_layer(activation, inplace=True),
-                drop=nn.Dropout(drop),
-                fc2=nn.Linear(200, 200),
-                relu2=activation_layer(activation, inplace=True),
-                fc3=nn.Linear(200, num_classes),
-            )
+        dense = OrderedDict(
+            fc1=nn.Linear(64 * side * side, 200),
+            relu1=activation_layer(activation, inplace=True),
+            drop=nn.Dropout(drop),
+            fc2=nn.Linear(200, 200),
+            relu2=activation_layer(activation, inplace=True),
+            fc3=nn.Linear(200, num_classes),
         )
+        self.classifier = nn.Sequential(dense)
         for module in self.feature_extractor:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)

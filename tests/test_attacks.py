@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from utils.attacks import ATTACKS, Budget, family, gradient_budget, logits_of, p
 from utils.attacks.budgets import COLOUR, GREY, SVHN
 from utils.attacks.gradient import (
     BudgetViolation,
+    _with_momentum,
     filled_up,
     gradients,
     losses_of,
@@ -21,7 +23,7 @@ from utils.attacks.gradient import (
     verify,
 )
 from utils.errors import UserError
-from utils.lfr import Ball
+from utils.lfr import NORMS, Ball
 from utils.lfr.accel import Accelerated
 
 
@@ -295,3 +297,41 @@ def test_zero_steps_and_a_radius_of_zero(linear):
     assert torch.equal(pgd(network, x, y, nothing).robust, right)
     unmoved = replace(nothing, epsilon=1e-4, num_steps=0)
     verify(pgd(network, x, y, unmoved).x_adv, x, unmoved.ball)
+
+
+def test_momentum_by_hand():
+    """g1 / mean|g1|, then decay * that + g2 / mean|g2|; the sign of the sum is the step."""
+    x = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
+    g1 = torch.tensor([[[[1.0, -2.0], [3.0, -2.0]]]], dtype=torch.float64)
+    g2 = torch.tensor([[[[-1.0, 0.1], [0.5, -0.4]]]], dtype=torch.float64)
+    directions = {}
+    for decay in (0.5, 0.0):
+        gradients = iter([g1, g2])
+        direction = _with_momentum(lambda _, feed=gradients: next(feed), decay)
+        directions[decay] = [direction(x), direction(x)]
+    torch.testing.assert_close(directions[0.5], [g1 / 2, 0.5 * g1 / 2 + g2 / 0.5])
+    torch.testing.assert_close(directions[0.0], [g1 / 2, g2 / 0.5])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_random_starts_fill_the_ball_uniformly(norm):
+    """P(distance <= r) = (r / eps)^d: the ball's volume, in 2 dimensions and in 64."""
+    for pixels in (2, 64):
+        x = torch.full((4000, 1, 1, pixels), 0.5, dtype=torch.float64)
+        ball = Ball(norm, 0.3)
+        found = random_starts(x, ball, 1, torch.arange(4000), 0)
+        share = (ball.distance(found, x) / 0.3) ** pixels  # uniform on [0, 1]
+        assert float(share.max()) <= 1
+        for q in (0.1, 0.5, 0.9):
+            assert float(share.quantile(q)) == pytest.approx(q, abs=4 * math.sqrt(0.25 / 4000))
+        assert float((found - x).mean(0).abs().max()) < 0.02  # no direction is preferred
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_random_starts_are_inside(norm):
+    x, ball = torch.rand(5, 3, 4, 4, dtype=torch.float64), Ball(norm, 0.25)
+    state = torch.get_rng_state()
+    found = random_starts(x, ball, 1, torch.arange(5), 0)
+    assert torch.equal(torch.get_rng_state(), state) and found.dtype == x.dtype
+    assert bool((ball.distance(found, x) <= 0.25 + 1e-12).all())
+    assert float(found.min()) >= 0 and float(found.max()) <= 1

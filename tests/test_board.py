@@ -7,7 +7,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.board import Board, draw_grid
-from utils.errors import UserError
 from utils.training import FIGURES
 
 PUBLISHED_EPOCH = {
@@ -26,22 +25,20 @@ def read(log_dir) -> EventAccumulator:
 
 
 def test_what_is_logged_is_read_back(tmp_path):
-    board = Board(tmp_path)
-    board.describe("python MNIST_defense.py  --epochs 5", {"epochs": 5, "save_dir": "a|b\udcff"})
+    board = Board(str(tmp_path))
+    flags = {"epochs": 5, "lr": 0.1, "amp": False, "schedule": [75, 90], "nlabel": None}
+    board.describe("python MNIST_defense.py  --epochs 5 a\udcff", flags, ("zero", "один"))
     for step in range(3):
-        board.scalars(step, {"Loss_iter/Loss": 1 / (step + 1), "Robust/test_pgd": None})
-    x = torch.rand(2, 1, 28, 28)
-    board.images(7, x, x, torch.tensor([0, 1]), torch.tensor([0, 0]), ("zero", "один"))
+        board.scalars(step, {"Loss_iter/Loss": 1 / (step + 1)})
     board.flush()  # and then the process is gone: no close
     found = read(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("Loss_iter/Loss")] == [
         (step, pytest.approx(1 / (step + 1))) for step in range(3)
     ]
     assert found.Tags()["scalars"] == ["Loss_iter/Loss"]
-    assert [e.step for e in found.Images("Images/x_adv")] == [7]
     (card,) = found.Tensors("Run/command/text_summary")
     text = card.tensor_proto.string_val[0].decode()
-    assert "python MNIST_defense.py --epochs 5" in text and r"| save_dir | a\|b? |" in text
+    assert "python MNIST_defense.py --epochs 5 a?" in text and "1 один" in text
     assert "custom_scalars__config__" in found.Tags()["tensors"]
     board.close()
 
@@ -50,36 +47,21 @@ def test_published_tags_are_those_of_an_epoch():
     assert {tag for _, _, tag, _ in FIGURES} >= PUBLISHED_EPOCH
 
 
-def test_a_board_without_a_folder_writes_nothing():
-    board = Board(None)
-    board.describe("command", {})
-    board.scalars(0, {"Loss_iter/Loss": 1.0})
-    board.flush()
-    board.close()
-
-
-def test_a_folder_that_is_a_file_ends_in_one_line(tmp_path):
-    (tmp_path / "scalars").write_text("")
-    with pytest.raises(UserError, match=r"cannot write TensorBoard.s events to .*scalars"):
-        Board(tmp_path / "scalars")
-
-
 def test_a_full_disk_ends_in_one_line(tmp_path):
     resource = pytest.importorskip("resource")
-    board = Board(tmp_path)
+    board = Board(str(tmp_path))
     board.scalars(0, {"Loss_iter/Loss": 1.0})
     board.flush()
     (path,) = tmp_path.iterdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 300, hard))
-        with pytest.raises(UserError, match=r"cannot write TensorBoard.s events to .*: File too"):
+        with pytest.raises(OSError, match="File too large"):
             for step in range(1, 100):
                 board.scalars(step, {"Loss_iter/Loss": 1.0})
                 board.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    board.close()
     assert [e.step for e in read(tmp_path).Scalars("Loss_iter/Loss")][:1] == [0]
 
 
@@ -94,14 +76,14 @@ def test_the_grid_shows_what_it_should(channels, side):
     zoom = max(1, round(84 / side))
     height, width = zoom * side + 18 + 3, zoom * side + 3
     assert grid.dtype == torch.uint8
-    assert tuple(grid.shape) == (3, 3 * height + 3, 10 * width + 3)  # ten of the thirteen
+    assert tuple(grid.shape) == (3, 3 * height + 3, 5 * width + 3)  # five of the thirteen
 
     def pixel(row, column, y, x_):
         """Middle of an image's pixel."""
         top, left = 3 + row * height, 3 + column * width
         return grid[:, top + y * zoom + zoom // 2, left + x_ * zoom + zoom // 2]
 
-    for column in range(10):
+    for column in range(5):
         for row, images in ((0, x), (1, x_adv)):
             expected = (images[column, :, 1, 2].clamp(0, 1) * 255).round().byte()
             assert (pixel(row, column, 1, 2) == expected).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import random
 import re
@@ -19,21 +18,19 @@ from hypothesis import strategies as st
 
 from models import build_model
 from tests.faults import files
+from tests.helpers import save_checkpoint
 from utils import checkpoints
 from utils.checkpoints import (
     arch_of,
     check_data,
     find_checkpoint,
     load_checkpoint,
-    load_network,
-    restore_fields,
     restore_network,
     restore_optimizer,
-    save_checkpoint,
-    sha256_of,
 )
 from utils.data import ImageSet
 from utils.errors import UserError
+from utils.networks import load_network, sha256_of
 from utils.run_folder import BEST, CHECKPOINT
 
 NUMBERS = torch.arange(600, dtype=torch.float32)
@@ -630,19 +627,3 @@ def test_optimizer_state_that_does_not_fit_is_refused(tmp_path):
         with pytest.raises(UserError, match="its optimizer state is missing, damaged or of anoth"):
             restore_optimizer(sgd, {"optimizer": state}, "x")
         assert same(sgd.state_dict(), good)
-
-
-@dataclasses.dataclass
-class Counted:
-    epoch: int = 0
-    best: float = -1.0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-def test_progress_comes_back_or_is_refused():
-    progress = Counted(3, 0.5, {"loss": 1.5, "samples": 7})
-    assert restore_fields(Counted, dataclasses.asdict(progress), "x", "progress") == progress
-    assert restore_fields(Counted, {"best": 1}, "x", "progress").best == 1
-    for values in (None, [1], {"more": 1}, {"epoch": 1, "more": 1}):
-        with pytest.raises(UserError, match="x: its progress is not what"):
-            restore_fields(Counted, values, "x", "progress")

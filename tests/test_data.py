@@ -635,11 +635,6 @@ def test_svhn(tmp_path, place):
         load_dataset("SVHN", tmp_path, train=True)
 
 
-def test_names(tmp_path):
-    with pytest.raises(UserError, match="--dataset imagenet: unknown, allowed are digits, MNIST"):
-        load_dataset("imagenet", tmp_path, train=True)
-
-
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
 def test_a_data_dir_that_is_none(tmp_path, no_network, name):
     (tmp_path / "file").write_text("x")

@@ -160,8 +160,3 @@ def test_common_to_all(name):
     for key, value in network.named_buffers():
         torch.testing.assert_close(value, dict(twin.named_buffers())[key], msg=key)
         assert not torch.equal(value, before[key]), key
-
-
-def test_unknown_defense_is_refused():
-    with pytest.raises(ValueError, match="defense is 'free', allowed are lfr, igr, at, trades"):
-        defense("free")

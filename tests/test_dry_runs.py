@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 import MNIST_defense
 from models import ACTIVATIONS, NORM_LAYERS
-from utils.checkpoints import load_network
 from utils.datasets import load_dataset
 from utils.defenses import DEFENSES
 from utils.engine import LR_SCHEDULES
 from utils.lfr import BN_MODES, SEARCHES
+from utils.networks import load_network
 from utils.options import OPTIMIZERS
 from utils.run_folder import read_log
 from utils.training import train

@@ -18,9 +18,8 @@ from utils.engine import (
     Progress,
     bn_gap,
     evaluate,
-    flatness_weight,
-    learning_rate,
     probe,
+    schedules,
     train_one_epoch,
 )
 from utils.errors import UserError
@@ -321,35 +320,12 @@ def test_the_score_without_a_probe_or_held_out_images():
     assert _Training._score(None, found) == 30.0
 
 
-@pytest.mark.parametrize(
-    ("penalty", "at_images", "flags", "says"),
-    [
-        (0.2, 300.0, {}, True),
-        (101.0, 300.0, {}, False),
-        (0.2, 300.0, {"bn_mode": "running"}, False),  # whose flatness is flatness_eval, 0.1
-        (0.2, 300.0, {"defense": "at"}, False),
-        (0.2, 300.0, {"num_steps": 0}, False),
-        (0.2, 300.0, {"warmup": 3.0}, False),
-        (0.001, 0.5, {}, False),
-    ],
-)
-def test_a_penalty_too_small_to_be_true_is_reported(penalty, at_images, flags, says):
-    """The largest gradient norm of a ball is at least that at its centre."""
-    settings = {"defense": "lfr", "num_steps": 1, "bn_mode": "shared", "warmup": 0, "epsilon": 0.1}
-    run = SimpleNamespace(args=SimpleNamespace(**{**settings, **flags}), progress=Progress(epoch=3))
-    found = {"flatness_batch": at_images, "flatness_eval": 0.1}
-    warning = _Training._warning(run, {**found, "penalty": penalty}, False)
-    assert (warning is not None) == says
-    if says:
-        assert "(0.2)" in warning and "(300)" in warning and "--num_steps" in warning
-
-
 # -- schedules ------------------------------------------------------------------------------------
 
 
 def schedule(name: str, **options):
     flags = {"epochs": 100, "lr": 0.1, "gamma": 0.1, "schedule": [50, 75], "warmup": 0.0}
-    return learning_rate(SimpleNamespace(lr_schedule=name, **{**flags, **options}))
+    return schedules(SimpleNamespace(lr_schedule=name, **{**flags, **options}))[0]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +353,8 @@ def test_learning_rates_stay_between_zero_and_the_peak(name, epochs):
 
 
 def test_lambada_s_warm_up():
-    weight = flatness_weight(SimpleNamespace(lambada=0.4, warmup=2.0))
+    flags = {"lr": 0.1, "lr_schedule": "constant", "epochs": 9, "lambada": 0.4}
+    weight = schedules(SimpleNamespace(warmup=2.0, **flags))[1]
     found = [weight(when) for when in (0, 0.5, 1, 2, 50)]
     assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
-    assert flatness_weight(SimpleNamespace(lambada=0.4, warmup=0.0))(0) == 0.4
+    assert schedules(SimpleNamespace(warmup=0.0, **flags))[1](0) == 0.4

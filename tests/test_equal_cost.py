@@ -10,8 +10,8 @@ import cifar_defense
 import MNIST_defense
 from benchmarks import equal_cost
 from tools import scripts
-from utils.checkpoints import sha256_of
 from utils.errors import UserError
+from utils.networks import sha256_of
 from utils.options import settle_training, training_parser
 
 RELATIVE = {"at": 1.0, "lfr": 2.0, "none": 0.25, "igr": 0.5, "trades": 1.5, "wide": 2.5}

@@ -34,8 +34,8 @@ def run(root, last, redirect="", **environment):
 
 def test_a_full_disk_is_one_line(root):
     done = run(root, "pass", "> /dev/full")
-    assert done.returncode == 1
-    assert done.stderr == "-c: error: standard output: [Errno 28] No space left on device\n"
+    assert done.returncode == 2
+    assert done.stderr == "-c: error: [Errno 28] No space left on device\n"
 
 
 def test_a_reader_that_has_gone_is_no_complaint(root):
@@ -53,8 +53,13 @@ def test_a_mistake_is_one_line_in_any_encoding(root, redirect):
     assert redirect or "caf? ?\n" in done.stdout
 
 
-def test_other_errors_keep_their_traceback(root):
+def test_an_error_of_a_file_names_it(root):
     done = run(root, 'open("/nowhere/at/all")')
+    assert done.returncode == 2
+    assert done.stderr == "-c: error: [Errno 2] No such file or directory: '/nowhere/at/all'\n"
+
+
+def test_other_errors_keep_their_traceback(root):
+    done = run(root, "[][0]")
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "/nowhere/at/all" in done.stderr
+    assert "Traceback" in done.stderr and "IndexError" in done.stderr

@@ -16,12 +16,12 @@ from torch import nn
 
 import MNIST_eval
 from models import build_model
+from tests.helpers import save_checkpoint
 from utils import evaluation
 from utils.attacks import Budget
 from utils.attacks.budgets import GREY
 from utils.attacks.library import CHUNK, Verdicts, run_library
 from utils.attacks.masking import masking_checks
-from utils.checkpoints import save_checkpoint
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.lfr import Ball

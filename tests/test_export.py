@@ -7,10 +7,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers import save_checkpoint
 from tools.export import PICTURES, STEPS, export, portable
-from utils.board import Board
-from utils.checkpoints import load_checkpoint, load_network, save_checkpoint, sha256_of
+from utils.board import Board, draw_grid
+from utils.checkpoints import load_checkpoint
 from utils.errors import UserError
+from utils.networks import load_network, sha256_of
 
 
 @pytest.fixture
@@ -30,12 +32,13 @@ def run(small_cnn, tmp_path):
     (folder / "log.txt").write_text("Seconds\n1\n")
     x = torch.rand(10, 1, 28, 28)
     for steps in (range(600), range(590, 900)):
-        with closing(Board(folder / "scalars")) as board:
-            board.describe(command, {"data_dir": str(tmp_path)})
+        with closing(Board(str(folder / "scalars"))) as board:
+            board.describe(command, {"lr": 0.1})
             for step in steps:
                 board.scalars(step, {"Loss_iter/Loss": steps[0] + step})
             for epoch in range(4):
-                board.images(epoch, x, x, torch.arange(10), torch.arange(10), list("0123456789"))
+                picture = draw_grid(x, x, torch.arange(10), torch.arange(10), "0123456789")
+                board.add_image("Images/x_adv", picture, epoch)
     return folder
 
 

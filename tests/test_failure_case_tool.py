@@ -12,8 +12,8 @@ from torch import nn
 
 import cifar_defense
 from models import build_model
+from tests.helpers import save_checkpoint
 from tools import failure_case
-from utils.checkpoints import save_checkpoint
 from utils.errors import UserError
 from utils.options import settle_training, training_parser
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from models import build_model
+from tests.helpers import save_checkpoint
 from tools import figures
-from utils.checkpoints import load_network, save_checkpoint
 from utils.datasets import load_dataset
 from utils.errors import UserError
+from utils.networks import load_network
 from utils.training import COLUMNS
 
 pytest.importorskip("matplotlib")

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
 from models import ACTIVATIONS, BLOCKS, MODELS, NORM_LAYERS, build_model, infer_arch
-from models.layers import activation_layer, conv_norm, norm_layer
+from models.layers import activation_layer, conv_norm
 
 
 def count(network: nn.Module) -> int:
@@ -276,16 +276,16 @@ def test_conv_norm_outside_of_any_mode():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "vgg"}, "arch is 'vgg', allowed are small_cnn, resnet, wrn, preact_resnet"),
+        ({"name": "vgg"}, "'vgg' is unknown, allowed are small_cnn, resnet, wrn, preact_resnet"),
         ({"name": "resnet", "depth": 21}, "depth is 21, BasicBlock needs 6n.2: 8, 14, 20"),
         ({"name": "resnet", "depth": 2}, "depth is 2"),
         ({"name": "resnet", "depth": 20, "block_name": "Bottleneck"}, "needs 9n.2: 11, 20"),
-        ({"name": "resnet", "block_name": "Block"}, "block_name is 'Block'"),
+        ({"name": "resnet", "block_name": "Block"}, "'Block' is unknown, allowed are Basic"),
         ({"name": "wrn", "depth": 20}, "depth is 20, a wide ResNet needs 6n.4"),
         ({"name": "wrn", "depth": 4}, "depth is 4"),
         ({"name": "small_cnn", "image_size": 15}, "image_size is 15"),
-        ({"name": "small_cnn", "activation": "tanh"}, "activation is 'tanh', allowed are relu"),
-        ({"name": "resnet", "norm_layer": "layer"}, "norm_layer is 'layer'"),
+        ({"name": "small_cnn", "activation": "tanh"}, "'tanh' is unknown, allowed are relu"),
+        ({"name": "resnet", "norm_layer": "layer"}, "'layer' is unknown, allowed are batch"),
     ],
 )
 def test_senseless_options_are_refused(options, message):
@@ -298,8 +298,8 @@ def test_senseless_options_are_refused(options, message):
 
 def test_norm_layers():
     for name, kind in zip(NORM_LAYERS, (nn.BatchNorm2d, nn.GroupNorm, nn.Identity)):
-        assert isinstance(norm_layer(name, 16), kind)
-    assert norm_layer("group", 32).num_groups == 4 and norm_layer("group", 4).num_groups == 1
+        assert isinstance(NORM_LAYERS[name](16), kind)
+    assert [NORM_LAYERS["group"](channels).num_groups for channels in (32, 4)] == [4, 1]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import resource
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,12 +25,10 @@ STATE = {"state_dict": {"w": torch.arange(600.0)}, "epoch": 3}
 def test_a_run_folder(tmp_path):
     with RunFolder(tmp_path / "a" / "b") as run:
         run.save(STATE, CHECKPOINT, BEST)
-        run.save_json("args.json", {"lr": 0.1, "path": Path("x")})
         Log(run.path / LOG, ["epoch"]).append({"epoch": 1})
         names = {entry.name for entry in run.path.iterdir()}
-        assert names == {".lock", CHECKPOINT, BEST, "args.json", "log.txt"}
-        assert run.checkpoint.read_bytes() == run.best.read_bytes()
-        assert json.loads((run.path / "args.json").read_text()) == {"lr": 0.1, "path": "x"}
+        assert names == {".lock", CHECKPOINT, BEST, "log.txt"}
+        assert (run.path / CHECKPOINT).read_bytes() == (run.path / BEST).read_bytes()
         assert run.scalars == run.path / "scalars"
 
 
@@ -72,7 +68,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
 
 def test_a_folder_that_holds_a_run(tmp_path):
     with RunFolder(tmp_path) as run:
-        run.save(STATE)
+        run.save(STATE, CHECKPOINT)
         Log(run.path / LOG, ["epoch"]).append({"epoch": 1})
         (run.scalars).mkdir()
         (tmp_path / "notes.txt").write_text("mine")
@@ -81,7 +77,7 @@ def test_a_folder_that_holds_a_run(tmp_path):
     with pytest.raises(UserError, match="holds a run"):
         RunFolder(tmp_path, resume_from=tmp_path / "elsewhere" / CHECKPOINT)
     with RunFolder(tmp_path, resume_from=tmp_path / "." / CHECKPOINT) as run:
-        assert run.checkpoint.exists()
+        assert (run.path / CHECKPOINT).exists()
     with RunFolder(tmp_path, overwrite=True):
         assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "notes.txt"]
 
@@ -89,13 +85,15 @@ def test_a_folder_that_holds_a_run(tmp_path):
 def test_a_run_that_moves_takes_its_best_network_along(tmp_path):
     with RunFolder(tmp_path / "old") as old:
         old.save(STATE, BEST, "epoch1.pth.tar", CHECKPOINT)
-    with RunFolder(tmp_path / "new", resume_from=old.checkpoint) as new:
-        assert new.best.read_bytes() == old.best.read_bytes() and not new.checkpoint.exists()
+    with RunFolder(tmp_path / "new", resume_from=(old.path / CHECKPOINT)) as new:
+        assert (new.path / BEST).read_bytes() == (old.path / BEST).read_bytes() and not (
+            new.path / CHECKPOINT
+        ).exists()
     with RunFolder(tmp_path / "earlier", resume_from=old.path / "epoch1.pth.tar") as earlier:
-        assert not earlier.best.exists()  # that epoch's best may have been another
-    old.best.unlink()
-    with RunFolder(tmp_path / "none", resume_from=old.checkpoint) as none:
-        assert not none.best.exists()
+        assert not (earlier.path / BEST).exists()  # that epoch's best may have been another
+    (old.path / BEST).unlink()
+    with RunFolder(tmp_path / "none", resume_from=(old.path / CHECKPOINT)) as none:
+        assert not (none.path / BEST).exists()
 
 
 @pytest.mark.parametrize("how", ["no fcntl", "refused"])
@@ -109,7 +107,7 @@ def test_a_system_without_locks(tmp_path, monkeypatch, capsys, how):
 
         monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
     with RunFolder(tmp_path) as run:
-        run.save(STATE)
+        run.save(STATE, CHECKPOINT)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "not locked against a second run" in err
 
@@ -145,7 +143,7 @@ def fill_the_disk(send, path):
     run = RunFolder(path, resume_from=path / CHECKPOINT)
     log = Log(path / LOG, ["x"])
     try:
-        run.save({"state_dict": {"w": torch.ones(9000)}})
+        run.save({"state_dict": {"w": torch.ones(9000)}}, CHECKPOINT)
     except UserError as error:
         send(str(error))
     try:
@@ -158,7 +156,7 @@ def fill_the_disk(send, path):
 def test_a_file_system_that_is_full(tmp_path):
     """The kernel's own limit on file sizes stands for a full disk, in a process of its own."""
     with RunFolder(tmp_path) as run:
-        run.save(STATE)
+        run.save(STATE, CHECKPOINT)
     before = (tmp_path / CHECKPOINT).read_bytes()
     process, receive = in_child(fill_the_disk, tmp_path)
     line = receive()

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from utils.attacks import family, gradient_budget, percent, pgd
-from utils.checkpoints import load_network, sha256_of
 from utils.datasets import find_image_folder, load_dataset
+from utils.networks import load_network, sha256_of
 from utils.run_folder import read_log
 
 PLACE = Path(__file__).resolve().parent.parent / "savedModel"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # What was counted then, in lines (README: characters).
-COUNTS = {"all": 6680, "training": 3519, "method": 600, "readme": 9500}
+COUNTS = {"all": 6440, "training": 3200, "method": 572, "readme": 9600}
 
 LOADED = """
 import json, sys

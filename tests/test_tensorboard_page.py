@@ -14,7 +14,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from utils.board import LAYOUT, Board
+from utils.board import COMPARED, LAYOUT, Board, draw_grid
 
 RUN = "MNIST/lr_0.01_lambada_0.02_rs_1000/scalars"
 TAGS = ("Loss_epoch/train_loss", "Acc_epoch/test_acc", "Loss_iter/Loss", "Robust/test_pgd")
@@ -24,12 +24,13 @@ TAGS = ("Loss_epoch/train_loss", "Acc_epoch/test_acc", "Loss_iter/Loss", "Robust
 def ask(tmp_path_factory):
     """``ask("scalars/tags")``: what a started TensorBoard answers to /data/plugin/..."""
     folder = tmp_path_factory.mktemp("SavedModels")
-    with closing(Board(folder / RUN)) as board:
-        board.describe("python MNIST_defense.py --dataset MNIST", {"epsilon": 0.3})
+    with closing(Board(str(folder / RUN))) as board:
+        board.describe("python MNIST_defense.py --dataset MNIST", {"epsilon": 0.3}, "ab")
         for step in range(5):
             board.scalars(step, dict.fromkeys(TAGS, step / 2))
         x = torch.rand(10, 1, 28, 28)
-        board.images(0, x, 1 - x, torch.arange(10), torch.arange(10), list("0123456789"))
+        picture = draw_grid(x, 1 - x, torch.arange(10), torch.arange(10), "0123456789")
+        board.add_image("Images/x_adv", picture, 0)
     words = ["-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
     log = open(folder / "tensorboard.log", "w+")  # noqa: SIM115
     process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
@@ -67,9 +68,15 @@ def test_curves(ask):
 def test_picture_command_and_charts(ask):
     assert ask("images/tags")[RUN]["Images/x_adv"]["samples"] == 1
     card = json.dumps(ask("text/text", run=RUN, tag="Run/command/text_summary"))
-    assert "python MNIST_defense.py --dataset MNIST" in card and "epsilon" in card
+    assert "python MNIST_defense.py --dataset MNIST" in card and "1 b" in card
     layout = ask("custom_scalars/layout")
     charts = {category["title"]: category["chart"] for category in layout["category"]}
     assert set(charts) == set(LAYOUT)
     for title, described in LAYOUT.items():
         assert [chart["title"] for chart in charts[title]] == list(described)
+
+
+def test_runs_are_compared_by_their_flags(ask):
+    page = ask("hparams/experiment", request="{}")
+    assert [flag["name"] for flag in page["hparamInfos"]] == ["epsilon"]
+    assert [m["name"]["tag"] for m in page["metricInfos"]] == COMPARED

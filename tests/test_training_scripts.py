@@ -22,12 +22,14 @@ from PIL import Image
 
 import cifar_defense
 import MNIST_defense
+from tests.helpers import save_checkpoint
 from utils import training
 from utils.board import Board
-from utils.checkpoints import load_checkpoint, load_network, save_checkpoint
+from utils.checkpoints import load_checkpoint
 from utils.data import split_validation
 from utils.datasets import load_dataset
 from utils.errors import run_script as finish
+from utils.networks import load_network
 from utils.options import settle_training, training_parser
 from utils.run_folder import read_log
 
@@ -612,7 +614,10 @@ MISTAKES = {
     "unknown norm": ("--norm l_1", "allowed is l_inf, l_2"),
     "unknown defense": ("--defense lfrr", "allowed is lfr, igr"),
     "lambada nan": ("--lambada nan", "--lambada: got 'nan'"),
-    "schedule beyond the epochs": ("--schedule 5 --epochs 3", "goes beyond --epochs 3"),
+    "schedule beyond the epochs": (
+        "--schedule 5 --epochs 3",
+        "--schedule 5: allowed are rising numbers up to --epochs 3",
+    ),
     "unknown flag": ("--lamdaba 1", "did you mean --lambda"),
     "depth of a wrn": ("--arch wrn --depth 20", "depth is 20, a wide ResNet needs 6n+4"),
     "depth": ("--arch resnet --depth 21", "depth is 21, BasicBlock needs 6n+2"),

@@ -20,9 +20,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tools.scripts import ROOT
-from utils.checkpoints import load_checkpoint, save_checkpoint, sha256_of
+from utils.checkpoints import load_checkpoint
 from utils.errors import UserError, run_script
-from utils.run_folder import BEST, write_atomic
+from utils.networks import sha256_of
+from utils.run_folder import BEST, serialized, write_atomic
 
 STEPS, PICTURES = 200, 2
 
@@ -69,7 +70,7 @@ def export(run: Path, target: Path, root: Path = ROOT / "savedModel") -> None:
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     thin(run / "scalars", partial / "scalars")
-    save_checkpoint(partial / BEST, kept)
+    write_atomic(partial / BEST, serialized(kept))
     write_atomic(partial / "args.json", (json.dumps(record, indent=2) + "\n").encode())
     shutil.copyfile(run / "log.txt", partial / "log.txt")
     partial.rename(target)

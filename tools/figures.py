@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from tools.scripts import positive
 from utils.attacks import family, gradient_budget, misclassified, pgd
-from utils.checkpoints import load_network, sha256_of
 from utils.data import ImageSet, classes_in_turn
 from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
 from utils.lfr import Ball, input_gradient
+from utils.networks import load_network, sha256_of
 from utils.progress import Bar
 from utils.run_folder import read_log, write_atomic
 

@@ -5,17 +5,16 @@ curve's points from the step on at which it starts again.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
-
-from utils.errors import UserError
 
 # Charts of the Custom Scalars page, several curves of one run in each.
 _CHARTS = {
@@ -28,70 +27,42 @@ _CHARTS = {
     "each step: total, natural, weighted flatness": ["Loss_iter/(Loss|Loss_normal|grad_part)$"],
 }
 LAYOUT = {"Charts": {title: ["Multiline", tags] for title, tags in _CHARTS.items()}}
-_PICTURES, _SIDE, _CAPTION, _GAP = 10, 84, 18, 3  # of the grid; all but the first in pixels
+# What the HParams page compares runs by.
+COMPARED = "Acc_epoch/test_acc Robust/test_pgd Acc_epoch/held_out_acc Robust/held_out_pgd".split()
+# The grid is shown some 350 pixels wide: more than five images make captions illegible.
+_PICTURES, _SIDE, _CAPTION, _GAP = 5, 84, 18, 3  # all but the first in pixels
+# PIL's own font knows Latin letters only.
+_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 
 
-class Board:
-    """The event files of one run.
+class Board(SummaryWriter):
+    """The event files of one run, in its folder ``scalars``."""
 
-    Args:
-        log_dir: folder of the event files (``RUN/scalars``); None writes nothing, for the
-            processes of a distributed run that have no log.
-
-    Raises:
-        UserError: the folder cannot be written, here and in every method.
-    """
-
-    def __init__(self, log_dir: Path | None) -> None:
-        self._log_dir, self._writer = log_dir, None
-        if log_dir is not None:
-            self._writer = self._try(SummaryWriter, str(log_dir))
-
-    def describe(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """Show the command and the arguments as a text card, and define the custom charts."""
-        rows = "".join(f"\n| {name} | {_cell(value)} |" for name, value in arguments.items())
-        text = f"    {' '.join(command.split())}\n\n| argument | value |\n| --- | --- |{rows}"
+    def describe(self, command: str, flags: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
+        """A card with the command and the classes, the flags for the HParams page, the charts."""
+        names = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
+        text = f"    {' '.join(command.split())}\n\nclasses: {names}"
         # Protobuf takes no lone surrogates, which stand for bytes of a file name.
-        self._call("add_text", "Run/command", text.encode("utf-8", "replace").decode())
-        self._call("add_custom_scalars", LAYOUT)
+        self.add_text("Run/command", text.encode("utf-8", "replace").decode())
+        self.add_custom_scalars(LAYOUT)
+        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flags.items()}
+        for summary in hparams(plain, dict.fromkeys(COMPARED, 0.0))[:2]:  # the third is the end
+            self._get_file_writer().add_summary(summary)
 
-    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log values by tag; None is left out. Epochs and steps both count over the whole run."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values by tag. Epochs and steps both count over the whole run."""
         for tag, value in values.items():
-            if value is not None:
-                self._call("add_scalar", tag, value, step)
+            self.add_scalar(tag, value, step)
 
-    def images(self, step: int, *grid: Any) -> None:
-        """Log one picture, see :func:`draw_grid`."""
-        if self._writer is not None:
-            self._call("add_image", "Images/x_adv", draw_grid(*grid), step)
 
-    def flush(self) -> None:
-        """Bring everything logged so far to the disk; call it before a checkpoint is saved."""
-        self._call("flush")
-
-    def close(self) -> None:
-        """Close the file; nothing is logged from here on."""
-        self._call("close")
-        self._writer = None
-
-    def _call(self, method: str, *arguments: Any) -> None:
-        if self._writer is not None:
-            self._try(getattr(self._writer, method), *arguments)
-
-    def _try(self, function: Any, *arguments: Any) -> Any:
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    for name in _FONTS:
         try:
-            return function(*arguments)
-        except OSError as error:
-            self._writer = None
-            raise UserError(
-                f"cannot write TensorBoard's events to {self._log_dir}: {error.strerror or error}"
-            ) from None
-
-
-def _cell(value: Any) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+            return ImageFont.truetype(name, 13)
+        except OSError:  # not on this system
+            continue
+    return ImageFont.load_default(13)
 
 
 def draw_grid(
@@ -104,12 +75,10 @@ def draw_grid(
     pixel.
 
     Args:
-        x, x_adv: [N, C, H, W] in [0, 1], C = 1 or 3; the first ten are drawn.
-        predictions, labels: [N].
-        classes: names of the classes.
+        x, x_adv: [N, C, H, W] in [0, 1], C = 1 or 3; the first five are drawn.
+        predictions, labels: [N], of the ``classes``.
 
-    Returns:
-        uint8 [3, height, width].
+    Returns uint8 [3, height, width].
     """
     x, x_adv = (images[:_PICTURES].detach().float().cpu() for images in (x, x_adv))
     change = x_adv - x
@@ -119,7 +88,7 @@ def draw_grid(
     tiles = torch.nn.functional.pad(tiles, (0, 0, 0, _CAPTION), value=1.0)
     grid = make_grid(tiles, nrow=len(x), padding=_GAP, pad_value=1.0)
     canvas = to_pil_image((grid.clamp(0, 1) * 255).round().byte())
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    draw = ImageDraw.Draw(canvas)
     height, width = (size + _GAP for size in tiles.shape[2:])
     for column, (label, found) in enumerate(zip(labels[: len(x)], predictions)):
         captions = (
@@ -129,5 +98,5 @@ def draw_grid(
         )
         for row, (text, ink) in enumerate(captions, 1):
             place = _GAP + column * width, row * height - _CAPTION
-            draw.text(place, str(text)[: width // 7], fill=ink, font=font)
+            draw.text(place, str(text)[: width // 7], fill=ink, font=_font())
     return pil_to_tensor(canvas)

@@ -1,6 +1,5 @@
 """Checkpoint files: read without running anything in them, restored completely or not at all."""
 
-import hashlib
 import io
 import os
 import warnings
@@ -9,20 +8,19 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import build_model, infer_arch
+from models import infer_arch
 from utils import foreign
 from utils.data import ImageSet
 from utils.datasets import DATASETS
 from utils.errors import UserError, printable
 from utils.foreign import naming
-from utils.run_folder import BEST, AnyPath, serialized, write_atomic
+from utils.run_folder import AnyPath
 
-Fields = TypeVar("Fields")
 MAX_BYTES = 4 << 30
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -30,17 +28,6 @@ ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 def _short(value: object) -> str:
     text = printable(str(value))
     return text if len(text) <= 80 else text[:80] + "..."
-
-
-def save_checkpoint(path: AnyPath, checkpoint: Mapping[str, Any]) -> None:
-    """Save tensors and plain values, or UserError; an older file is untouched then."""
-    write_atomic(path, serialized(checkpoint))
-
-
-def sha256_of(path: AnyPath) -> str:
-    """Hexadecimal SHA-256 of a file, or UserError."""
-    with naming(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def find_checkpoint(path: AnyPath, name: str) -> Path:
@@ -53,7 +40,7 @@ def find_checkpoint(path: AnyPath, name: str) -> Path:
 
 
 def load_checkpoint(path: AnyPath) -> dict[str, Any]:
-    """What a checkpoint file holds, on the CPU, or UserError; nothing in the file is executed.
+    """What a checkpoint file holds, on the CPU, or UserError; nothing in it is executed.
 
     Reads our files, the original's and others': PyTorch's two formats and safetensors, the weights
     alone or under ``state_dict``, ``model_state_dict``, ``model`` or ``net``. Returns finite
@@ -160,43 +147,15 @@ def check_data(
         raise UserError(f"{path}: {wrong[0]} {advice}")
 
 
-def load_network(
-    path: AnyPath, asked: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, or of a run folder's best, in eval mode; and the checkpoint.
-
-    UserError: the file is refused, or holds another network than is ``asked``, see :func:`arch_of`.
-    """
-    path = find_checkpoint(path, BEST)
-    checkpoint = load_checkpoint(path)
-    return network_of(checkpoint, path, asked, device), checkpoint
-
-
-def network_of(
-    checkpoint: Mapping[str, Any],
-    path: AnyPath,
-    asked: Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """The network of a checkpoint that is loaded already, see :func:`load_network`."""
-    arch = arch_of(checkpoint, asked, path)
-    with naming(path), torch.device("meta"):  # takes no memory and draws no random numbers
-        network = build_model(**arch)
-    network.to_empty(device="cpu")
-    restore_network(network, checkpoint, path)
-    return network.to(device).eval()
-
-
 def restore_network(network: nn.Module, checkpoint: Mapping[str, Any], path: AnyPath) -> None:
     """Load a checkpoint's weights into a network, or UserError; it is untouched then."""
-
-    def kind(tensor: Tensor) -> str:
-        return f"{'float' if tensor.is_floating_point() else 'int'} {list(tensor.shape)}"
-
     state = checkpoint["state_dict"]
     if hasattr(network, "arch"):
         arch_of(checkpoint, network.arch, path)
-    have, need = ({n: kind(t) for n, t in w.items()} for w in (state, network.state_dict()))
+    have, need = (
+        {n: f"{'float' if t.is_floating_point() else 'int'} {list(t.shape)}" for n, t in w.items()}
+        for w in (state, network.state_dict())
+    )
     wrong = [name for name in {**need, **have} if have.get(name) != need.get(name)]
     if wrong:
         first = f"{have.get(wrong[0], 'missing')}, needed is {need.get(wrong[0], 'nothing')}"
@@ -217,11 +176,3 @@ def restore_optimizer(
     except (AttributeError, LookupError, TypeError, ValueError):
         line = "its optimizer state is missing, damaged or of another optimizer"
         raise UserError(f"{path}: {line}") from None
-
-
-def restore_fields(kind: type[Fields], values: Any, path: AnyPath, what: str) -> Fields:
-    """Build a dataclass from a dict in a checkpoint, or UserError where it is none of that kind."""
-    try:
-        return kind(**values)
-    except TypeError:
-        raise UserError(f"{path}: its {what} is not what this version saves") from None

@@ -1,7 +1,6 @@
-"""Images in memory as one uint8 tensor, and reproducible batches of them.
+"""Images in memory as one uint8 tensor, and batches of them.
 
-Everything random depends on (seed, epoch, batch) alone, so that a run resumed in the middle of an
-epoch sees the batches it would have seen.
+All that is random depends on (seed, epoch, batch) alone: a resumed run sees the same batches.
 """
 
 import hashlib
@@ -19,10 +18,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and labels, all in memory, on one device.
-
-    Raises UserError: no images, fewer than two classes, a label out of range.
-    """
+    """Images and labels on one device; UserError: no images, one class, a label out of range."""
 
     name: str  # what to print and log, e.g. "cifar10 (image folder)"
     images: Tensor  # uint8 [N, C, H, W]
@@ -32,12 +28,12 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8 and self.labels.dtype == torch.int64
-        if not len(self):
-            raise UserError(f"dataset {self.name}: no images")
-        if self.num_classes < 2:
-            raise UserError(f"dataset {self.name}: one class only, at least 2 are needed")
-        if wrong := {*self.labels.unique().tolist()} - {*range(self.num_classes)}:
-            line = f"label {wrong.pop()} is out of range, there are {self.num_classes} classes"
+        count, wrong = len(self.classes), {*self.labels.tolist()} - {*range(len(self.classes))}
+        if not len(self) or count < 2 or wrong:
+            line = "one class only, at least 2 are needed" if count < 2 else "no images"
+            line = (
+                f"label {min(wrong)} is out of range, there are {count} classes" if wrong else line
+            )
             raise UserError(f"dataset {self.name}: {line}")
 
     def __len__(self) -> int:
@@ -56,10 +52,6 @@ class ImageSet:
         """(height, width) in pixels."""
         return self.images.shape[2], self.images.shape[3]
 
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
-
     def to(self, device: torch.device | str) -> "ImageSet":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
@@ -69,7 +61,7 @@ class ImageSet:
 
     def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
         """The samples at ``indices``, in that order."""
-        chosen = torch.as_tensor(indices, device=self.device)
+        chosen = torch.as_tensor(indices, device=self.labels.device)
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def float_images(self, index: Tensor | slice = slice(None)) -> Tensor:
@@ -105,8 +97,7 @@ def random_crop_hflip(
 ) -> Tensor:
     """Shift each image by up to ``padding`` pixels (zeros come in), flip half left to right.
 
-    [N, C, H, W] of any dtype -> the same, in channels_last. The generator is on the CPU, so that
-    devices agree.
+    [N, C, H, W] of any dtype, generator on the CPU (devices agree) -> the same, in channels_last.
     """
     count, _, height, width = images.shape
     top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
@@ -124,8 +115,7 @@ class Batches:
     """Batches ``(x, y, index)`` of an :class:`ImageSet`, the same for the same (seed, epoch).
 
     ``x`` is float32 [B, C, H, W] in [0, 1], channels_last, ``y`` int64 [B], and ``index`` int64
-    [B] says which samples of the set these are; all three are on the set's device. Raises
-    UserError: fewer samples than processes, or training data without anything to learn.
+    [B] says which samples these are. UserError: fewer samples than processes, nothing to learn.
     """
 
     imageset: ImageSet
@@ -155,8 +145,7 @@ class Batches:
             if self.shuffle and all(bool((part == of[0]).all()) for part in of.split(4096)):
                 raise UserError(f"dataset {data.name}: all {total} training samples are {what}")
         # Channels last in memory, as the batches: gathering them is then copying whole rows.
-        pixels = data.images.contiguous(memory_format=torch.channels_last)
-        self.imageset = replace(data, images=pixels)
+        self.pixels = data.images.contiguous(memory_format=torch.channels_last)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -172,7 +161,7 @@ class Batches:
 
     def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches ``start``, ``start + 1``, ... exactly as a full epoch would have given them."""
-        images, labels = self.imageset.images, self.imageset.labels
+        images, labels = self.pixels, self.imageset.labels
         generator, total = keyed_generator("order", self.seed, self.epoch), len(labels)
         order = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
         order = order.to(labels.device)

@@ -22,10 +22,10 @@ from utils.foreign import naming
 from utils.progress import Bar
 
 
-class _Known(NamedTuple):
-    shape: tuple[int, ...]  # height, width, channels; empty for any
+class _Known(NamedTuple):  # what is empty may be anything
+    shape: tuple[int, ...]  # height, width, channels
     hflip: bool  # whether an image flipped left to right still shows its class
-    classes: tuple[str, ...]  # in the order of the labels; empty for any
+    classes: tuple[str, ...]  # in the order of the labels
     files: tuple[str, str] = ("", "")  # of the training part, of the test part
     folder: str = ""  # where torchvision puts them
 
@@ -64,8 +64,6 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str], train: bool) -> Im
     classes take turns, so that its first N images are a fair sample. UserError names the file or
     folder that is missing or wrong.
     """
-    if name not in DATASETS:
-        raise UserError(f"--dataset {name}: unknown, allowed are {', '.join(DATASETS)}")
     if name == "digits":
         return _load_digits(train)
     root = Path(os.path.expanduser(data_dir))
@@ -101,8 +99,7 @@ def _load_digits(train: bool) -> ImageSet:
     return ImageSet("digits", images[chosen], labels[chosen], _DIGITS, "digits")
 
 
-def _plain(text: str) -> str:
-    """A name as it is compared: ``Fashion-MNIST`` is ``FashionMNIST``."""
+def _plain(text: str) -> str:  # a name as it is compared: Fashion-MNIST is FashionMNIST
     return re.sub("[^a-z0-9]", "", text.lower())
 
 
@@ -136,16 +133,11 @@ def _load_image_folder(name: str, folder: Path, train: bool, shown: bool) -> Ima
     label_of = {key(class_name): label for label, class_name in enumerate(own)}
     count = 100 if name == "cifar100" else len(own)
     if len(classes) != count or {*map(key, classes)} != {*label_of}:
-        raise UserError(
-            f"{base}: {len(classes)} classes ({', '.join(classes[:3])}, ...), not those of {name}; "
-            f"use --dataset folder for data of your own"
-        )
+        found = f"{len(classes)} classes ({', '.join(classes[:3])}, ...), not those of {name}"
+        raise UserError(f"{base}: {found}; use --dataset folder for data of your own")
+    left_out = [path for path in _entries(part) if os.path.isfile(path)]
     files: dict[Path, int] = {}
-    left_out: list[Path] = []
-    for place in _entries(part):
-        if os.path.isfile(place):
-            left_out.append(place)
-            continue
+    for place in (path for path in _entries(part) if path not in left_out):
         if key(place.name) not in label_of:
             raise UserError(f"{place}: not one of the {len(classes)} classes in {base}")
         inside = _entries(place)
@@ -157,8 +149,8 @@ def _load_image_folder(name: str, folder: Path, train: bool, shown: bool) -> Ima
     if not files:
         raise UserError(f"{part}: empty, expected are images in {part}/<class>/")
     if left_out and shown:
-        kinds = Counter(path.suffix or "without extension" for path in left_out)
-        listed = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds))
+        kinds = sorted(Counter(path.suffix or "without extension" for path in left_out).items())
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
         print(printable(f"note: {part}: {len(left_out)} files left out ({listed})"), flush=True)
     images: list[np.ndarray] = []
     for path in Bar(files, desc=f"reading {part.name} images", shown=shown, delay=1):
@@ -170,11 +162,8 @@ def _load_image_folder(name: str, folder: Path, train: bool, shown: bool) -> Ima
     labels = torch.tensor([*files.values()])
     order = classes_in_turn(labels)
     title = f"{name if known.shape else folder.resolve().name} (image folder)"
-    return ImageSet(title, _channels_first(np.stack(images))[order], labels[order], own, name)
-
-
-def _channels_first(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return ImageSet(title, pixels[order].contiguous(), labels[order], own, name)
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -201,8 +190,9 @@ def _load_files(name: str, root: Path, train: bool) -> ImageSet | None:
             images, labels, classes = read(files)  # [N, H, W, C], [N], names
             if images.shape != (len(labels), *known.shape) or images.dtype != np.uint8:
                 raise UserError(f"{place}: {images.dtype} {images.shape}, {len(labels)} labels")
+            pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
             labels = torch.tensor(labels).long()
-            return ImageSet(name, _channels_first(images), labels, known.classes or classes, name)
+            return ImageSet(name, pixels, labels, known.classes or classes, name)
     return None
 
 
@@ -267,8 +257,6 @@ def _download(name: str, root: Path, train: bool) -> None:
         source(root, download=True, **options)
     except Exception as error:  # network, disk, archive
         needed = f"neither an image folder nor {_KNOWN[name].files[not train]} in {root}"
-        advice = "put the files there by hand, or take --dataset digits, which needs none"
         failed = f"the download failed ({printable(str(error))})"
+        advice = "put the files there by hand, or take --dataset digits, which needs none"
         raise UserError(f"--dataset {name}: {needed}, and {failed}; {advice}") from None
-    finally:
-        socket.setdefaulttimeout(None)

@@ -26,11 +26,7 @@ DEFENSES = ("lfr", "igr", "at", "trades", "none")
 
 @dataclass(frozen=True)
 class Defense:
-    """A defense and its settings; the fields are the flags of the training scripts.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """A defense, one of :data:`DEFENSES`, and its settings: the flags of the training scripts."""
 
     name: str
     ball: Ball
@@ -39,10 +35,6 @@ class Defense:
     search: str = "paper"
     bn_mode: str = "shared"
     beta: float = 6.0
-
-    def __post_init__(self) -> None:
-        if self.name not in DEFENSES:
-            raise ValueError(f"defense is {self.name!r}, allowed are {', '.join(DEFENSES)}")
 
     def ascend(self, x: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         """:func:`utils.lfr.ascend` with these settings."""
@@ -62,13 +54,9 @@ class DefenseLoss(nn.Module):
         self.network, self.defense = network, defense
 
     def forward(self, x: Tensor, y: Tensor, noise: Tensor, lambada: float) -> LossTerms:
-        """The loss and its parts for one batch.
+        """The loss and its parts for images x [N, C, H, W] in [0, 1] with labels y [N].
 
-        Args:
-            x: images [N, C, H, W] in [0, 1].
-            y: labels [N].
-            noise: standard normal numbers, [N, C, H, W], for the start of the search.
-            lambada: the weight of the flatness at this moment.
+        ``noise``: standard normal numbers like x, for the start of the search.
         """
         d, network = self.defense, self.network
         if d.name in ("lfr", "igr"):

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from utils.progress import Bar
 from utils.runtime import Processes
 
 LR_SCHEDULES = ("step", "cosine", "onecycle", "constant")
+BN_GAP = ("accuracy_eval", "accuracy_batch", "flatness_eval", "flatness_batch")
 
 
 @dataclass
@@ -38,47 +40,28 @@ class Interrupted(Exception):
 
 
 def train_one_epoch(
-    loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms],
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    processes: Processes,
-    *,
-    rate: Callable[[float], float],
-    lambada: Callable[[float], float],
-    max_batches: int,
-    amp: bool = False,
-    after_step: Callable[[dict[str, float]], None] = lambda values: None,
-) -> dict[str, float]:
-    """Train from ``progress.batch`` to the end of the epoch.
+    loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms], batches: Batches,
+    optimizer: torch.optim.Optimizer, progress: Progress, processes: Processes, *,
+    rate: Callable[[float], float], lambada: Callable[[float], float], max_batches: int,
+    amp: bool = False, after_step: Callable[[dict[str, float]], None] = lambda values: None,
+) -> dict[str, float]:  # fmt: skip
+    """Train from ``progress.batch``, which is counted on, to the end of an epoch.
 
     Args:
         loss_of: (images, labels, noise, lambada) -> the terms of the loss.
-        progress: counted on in place.
         rate, lambada: learning rate and lambada as functions of the time in epochs.
-        max_batches: number of batches that make an epoch.
         amp: compute the loss under bfloat16 autocast.
         after_step: called after each step with its figures; the place for logs and checkpoints.
 
-    Returns:
-        Means over the epoch: ``loss``, ``natural``, ``penalty`` (loss per unit of pixel
-        intensity), ``accuracy`` (percent, of the batches as trained on); and ``seconds``.
-
-    Raises:
-        UserError: a loss that is not finite. The weights are those before that step.
+    Returns means over the epoch: ``loss``, ``natural``, ``penalty`` (loss per unit of pixel
+    intensity), ``accuracy`` (percent, of the batches as trained on); and ``seconds``. UserError: a
+    loss that is not finite. The weights are those before that step.
     """
     started = time.monotonic() - progress.seconds
-    bar = Bar(
-        batches.iterate(progress.batch),
-        desc=f"epoch {progress.epoch + 1}",
-        initial=progress.batch,
-        total=max_batches,
-        shown=processes.is_main,
-    )
-    with bar:
+    counts = {"initial": progress.batch, "total": max_batches, "shown": processes.is_main}
+    rest = islice(batches.iterate(progress.batch), max_batches - progress.batch)
+    with Bar(rest, desc=f"epoch {progress.epoch + 1}", **counts) as bar:
         for x, y, _ in bar:
-            if progress.batch >= max_batches:
-                break
             when = progress.epoch + progress.batch / max_batches
             for group in optimizer.param_groups:
                 group["lr"] = rate(when)
@@ -90,11 +73,10 @@ def train_one_epoch(
                 terms = loss_of(x, y, noise, lambada(when))
             values = _figures(terms, y, processes)
             if not math.isfinite(values["loss"]):
-                raise UserError(
-                    f"the loss is {values['loss']} in step {progress.batch + 1} of epoch "
-                    f"{progress.epoch + 1} (natural loss {values['natural']:g}, penalty "
-                    f"{values['penalty']:g}); try a lower --lr or --lambada, or a --warmup"
-                )
+                where = f"in step {progress.batch + 1} of epoch {progress.epoch + 1}"
+                parts = ", ".join(f"{name} {values[name]:g}" for name in ("natural", "penalty"))
+                advice = "try a lower --lr or --lambada, or a --warmup"
+                raise UserError(f"the loss is {values['loss']} {where} ({parts}); {advice}")
             # The processes' gradients are averaged, but their shares of a batch may differ by one.
             share = len(y) * processes.size / batches.global_size(progress.batch)
             (terms.total * share).backward()
@@ -148,10 +130,9 @@ def evaluate(network: nn.Module, data: ImageSet, batch_size: int) -> dict[str, f
 def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_size: int) -> float:
     """Robust accuracy (percent) under a short PGD from the images themselves, in eval mode.
 
-    Cheap and repeatable, for comparing epochs; the evaluation scripts have the real attacks. The
-    steps are 2.5 * epsilon / num_steps long, so that the ball's edge is within reach.
+    Cheap and repeatable, for comparing epochs; the evaluation scripts have the real attacks.
     """
-    attack = Defense("at", ball, 2.5 * ball.epsilon / num_steps, num_steps)
+    attack = Defense("at", ball, 2.5 * ball.epsilon / num_steps, num_steps)  # reaches the edge
     robust = 0
     with mode(network, training=False):
         for x, y, _ in Batches(data, batch_size, shuffle=False):
@@ -165,13 +146,13 @@ def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_
 def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> dict[str, float]:
     """The network by running statistics and by batch statistics, side by side.
 
-    Returns:
-        ``accuracy_eval``, ``accuracy_batch`` (percent), ``flatness_eval``, ``flatness_batch``
-        (mean gradient norm at the images). Equal without BatchNorm, where one measure is both.
+    Returns :data:`BN_GAP`: accuracies in percent, mean gradient norms at the images. Without
+    BatchNorm one measure is both.
     """
     found: dict[str, float] = {}
-    kinds = {"eval": False, "batch": True} if has_batch_norm(network) else {"eval": False}
-    for name, on_batch in kinds.items():
+    for name, on_batch in {"eval": False, "batch": True}.items():
+        if on_batch and not has_batch_norm(network):
+            return {**found, **{key.replace("eval", "batch"): v for key, v in found.items()}}
         correct, norms = 0, 0.0
         with mode(network, training=False), normalization(network, batch_statistics=on_batch):
             for x, y, _ in Batches(data, batch_size, shuffle=False):
@@ -180,29 +161,25 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
                 norms += float(flatness(network, x, y, ball).detach().sum())
         found[f"accuracy_{name}"] = 100 * correct / len(data)
         found[f"flatness_{name}"] = norms / len(data)
-    for name in ("accuracy", "flatness"):
-        found.setdefault(f"{name}_batch", found[f"{name}_eval"])
     return found
 
 
-def learning_rate(args: argparse.Namespace) -> Callable[[float], float]:
-    """The learning rate as a function of the time in epochs, which has no state to resume."""
-    total, peak = args.epochs, args.lr
+def schedules(args: argparse.Namespace) -> tuple[Callable[[float], float], ...]:
+    """Learning rate and lambada as functions of the time in epochs: no state to resume."""
+    total = args.epochs
 
     def onecycle(when: float) -> float:
-        rise = 0.3 * total
-        if when < rise:
-            return peak * (0.04 + 0.96 * when / rise)
-        return peak * max(0.002, (total - when) / (total - rise))
+        rising, falling = when / (0.3 * total), (total - when) / (0.7 * total)
+        return 0.04 + 0.96 * rising if rising < 1 else max(0.002, falling)
 
-    return {
-        "step": lambda when: peak * args.gamma ** sum(when >= epoch for epoch in args.schedule),
-        "cosine": lambda when: peak * 0.5 * (1 + math.cos(math.pi * min(1.0, when / total))),
+    share = {
+        "step": lambda when: args.gamma ** sum(when >= epoch for epoch in args.schedule),
+        "cosine": lambda when: 0.5 * (1 + math.cos(math.pi * min(1.0, when / total))),
         "onecycle": onecycle,
-        "constant": lambda when: peak,
+        "constant": lambda when: 1.0,
     }[args.lr_schedule]
 
+    def lambada(when: float) -> float:
+        return args.lambada * (min(1.0, when / args.warmup) if args.warmup else 1.0)
 
-def flatness_weight(args: argparse.Namespace) -> Callable[[float], float]:
-    """Lambada as a function of the time in epochs: linear from 0 during the warm-up."""
-    return lambda when: args.lambada * (min(1.0, when / args.warmup) if args.warmup else 1.0)
+    return lambda when: args.lr * share(when), lambada

@@ -19,7 +19,10 @@ def printable(text: str) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main`` and leave with its exit code; a UserError becomes one line and 2."""
+    """Run a script's ``main`` and leave with its exit code.
+
+    A UserError or an error of a file, disk or pipe becomes one line, and the exit code 2.
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # names that the terminal's encoding cannot show
     threading.excepthook = lambda failed: None  # TensorBoard's writer; it is raised again in ours
@@ -27,15 +30,10 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = main() or 0
         if sys.stdout:
             sys.stdout.flush()
-    except UserError as error:
-        code, line = 2, printable(str(error))
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-    except OSError as error:
-        # What is printed goes nowhere; errors of files have a name. `script | head` is no failure.
-        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-            raise
-        code = 1
-        if error.errno != errno.EPIPE:
-            print(f"{Path(sys.argv[0]).name}: error: standard output: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for python's own flush
+    except (UserError, OSError) as error:
+        code = 2
+        if getattr(error, "errno", None) != errno.EPIPE:  # `script | head` is no failure
+            print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
+        if isinstance(error, OSError) and sys.stdout:  # for python's own flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

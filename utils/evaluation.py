@@ -8,13 +8,9 @@ evaluation scripts. Every attack is a function from a few images to verdicts ima
 import argparse
 import contextlib
 import hashlib
-import importlib
-import inspect
 import json
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +32,7 @@ from utils.data import ImageSet
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation
+from utils.networks import build_network, sha256_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
 from utils.run_folder import BEST
@@ -335,61 +332,6 @@ def _save_images(images: Tensor, folder: Path, name: str) -> None:
         raise UserError(f"--save_adversarial {folder}: {error.strerror.lower()}") from None
 
 
-def _call(name: str) -> nn.Module:
-    """The network that the user's ``module:function`` returns."""
-    module_name, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module_name), function)
-        inspect.signature(make).bind()
-    except (ModuleNotFoundError, AttributeError, TypeError) as error:
-        raise UserError(f"--network {name}: {error}") from None
-    network = make()
-    if not isinstance(network, nn.Module):
-        raise UserError(f"--network {name}: returned {type(network).__name__}, not an nn.Module")
-    return network
-
-
-def build_network(
-    args: argparse.Namespace,
-    path: str | None,
-    checkpoint: Mapping[str, Any],
-    data: ImageSet,
-    device: torch.device,
-) -> nn.Module:
-    """The network that the flags name, with a checkpoint's weights, in eval mode, or UserError."""
-    if args.network:
-        network = _call(args.network)
-    elif args.arch and args.arch.startswith("timm:"):
-        try:
-            create = importlib.import_module("timm").create_model
-            network = create(args.arch[5:], num_classes=data.num_classes, in_chans=data.in_channels)
-        except (ImportError, RuntimeError, TypeError) as error:
-            raise UserError(f"--arch {args.arch}: {error} (pip install timm?)") from None
-    else:
-        asked = {n: getattr(args, n) for n in ("depth", "block_name", "widen_factor", "drop")}
-        network = checkpoints.network_of(checkpoint, path, {"name": args.arch, **asked}, device)
-    if path and (args.network or ":" in (args.arch or "")):
-        checkpoints.restore_network(network, checkpoint, path)
-    arch = getattr(network, "arch", {})
-    side, (height, width) = arch.get("image_size"), data.image_size
-    for what, has, needs in (
-        ("channels", data.in_channels, arch.get("in_channels")),
-        ("classes", data.num_classes, arch.get("num_classes")),
-        ("pixels", f"{height} x {width}", side and f"{side} x {side}"),
-    ):
-        if needs is not None and has != needs:
-            line = f"a network for {needs} {what}, dataset {data.name} has {has}"
-            raise UserError(f"{path} is {line}")
-    if args.mean:
-        from torchvision.transforms import Normalize  # importing it takes seconds
-
-        if not {len(args.mean), len(args.std)} <= {1, data.in_channels}:
-            raise UserError(f"--mean and --std take 1 or {data.in_channels} values")
-        network = nn.Sequential(Normalize(args.mean, args.std), network)
-    return network.to(device, memory_format=torch.channels_last).eval()
-
-
 def _sha256(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -418,7 +360,7 @@ def run_evaluation(
             notes.append(f"--num_examples {args.num_examples}: all {available} are taken")
         data = data.head(args.num_examples or available).to(process.device)
         network = build_network(args, path, checkpoint, data, process.device)
-        digest = checkpoints.sha256_of(path) if path else _sha256(*network.state_dict().values())
+        digest = sha256_of(path) if path else _sha256(*network.state_dict().values())
         process.log(f"model: {path or args.network} (sha256 {digest[:12]})")
         part = f"first {len(data):,} of {available:,} {args.split} images"
         process.log(f"data: {part} of {data.name}")
@@ -465,7 +407,7 @@ def _masking(
     if args.transfer_from:
         path = checkpoints.find_checkpoint(args.transfer_from, BEST)
         other = checkpoints.load_checkpoint(path)
-        options["transfer_from"] = build_network(args, path, other, data, data.device)
+        options["transfer_from"] = build_network(args, path, other, data, data.images.device)
     budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:4])
     print("\nIs it real? Signs of masked gradients:")
     checks = masking_checks(network, _floats(data.images), data.labels, budget, **options)

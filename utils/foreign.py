@@ -1,7 +1,4 @@
-"""Files from others: errors name the file, and nothing in a pickle is run.
-
-``torch.load`` takes this module as its ``pickle_module``.
-"""
+"""Files from others: errors name the file. A ``pickle_module`` in which nothing is run."""
 
 import codecs
 import contextlib

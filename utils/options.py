@@ -44,13 +44,11 @@ def integer(word: str, low: int = 0, high: int = 10**9) -> Kind:
 
 
 def number(
-    word: str, low: float = 0, high: float = math.inf, *, above: bool = False, below: bool = False
+    word: str, low: float = 0, high: float = math.inf, above: bool = False, below: bool = False
 ) -> Kind:
-    """A finite number in [low, high], such as ``0.031`` or ``8/255``; without the end itself where
-    it is to be ``above`` or ``below``."""
+    """A finite number in [low, high], such as ``8/255``; ``above``, ``below``: but not the end."""
     allowed = f"a finite number {'above' if above else 'at least'} {low:g}"
-    if high < math.inf:
-        allowed += f" and {'below' if below else 'at most'} {high:g}"
+    allowed += f" and {'below' if below else 'at most'} {high:g}" if high < math.inf else ""
 
     def convert(text: str) -> float:
         try:
@@ -89,9 +87,8 @@ def _path(text: str) -> str:
 
 def _gpu_ids(text: str) -> str:
     """``"0"`` or ``"0,1"``: GPU numbers, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    numbers = {int(part): None for part in parts if re.fullmatch(r"[0-9]{1,3}", part)}
-    if len(numbers) < len(parts):
+    numbers = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(, ?\d+)*", text) else []
+    if not 0 < len({*numbers}) == len(numbers):
         _refuse(text, "GPU numbers separated by commas, each once: 0 or 0,1")
     return ",".join(map(str, numbers))
 
@@ -99,22 +96,18 @@ def _gpu_ids(text: str) -> str:
 PATH: Kind = (_path, "PATH")
 N, SAMPLES, EPOCHS = integer("N"), integer("SAMPLES"), integer("EPOCHS")
 BATCH, STEPS = integer("SAMPLES", 1, 2**20), integer("N", 0, 100_000)
-SEED = integer("SEED", 0, 2**32 - 1)  # NumPy's limit, the tightest of what is seeded
+SEED = integer("SEED", 0, 2**32 - 1)
 WEIGHT, SHARE = number("WEIGHT"), number("SHARE", 0, 1, below=True)
 LENGTH = number("PIXELS")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that knows which flags were given, and whose errors are one line.
-
-    Attributes:
-        fallback: by destination, the value of a flag that is not given.
-    """
+    """An ArgumentParser that knows which flags were given, and whose errors are one line."""
 
     def __init__(self, description: str) -> None:
         wide = partial(argparse.HelpFormatter, max_help_position=34, width=100)
         super().__init__(description=description, formatter_class=wide, allow_abbrev=False)
-        self.fallback: dict[str, Any] = {}
+        self.fallback: dict[str, Any] = {}  # by destination, the value of a flag that is not given
         # argparse takes -8/255, -1e-3 or -inf for flags and then misses a value; taking them for
         # values gives the better message: which flag, what was given, what is allowed.
         self._negative_number_matcher = re.compile(r"^-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
@@ -144,10 +137,11 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values that the command line holds, by destination."""
-        namespace, unknown = self.parse_known_args([_with_underscores(word) for word in argv])
+        names = re.compile("^--[^=]*")  # with "-" or "_"
+        argv = [names.sub(lambda m: "--" + m[0][2:].replace("-", "_"), word, 1) for word in argv]
+        namespace, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [name for name in self._option_string_actions if name.startswith("--")]
-            name = unknown[0].partition("=")[0]
+            name, flags = unknown[0].partition("=")[0], [*self._option_string_actions]
             close = [flag for flag in flags if name.startswith("--") and flag.startswith(name)]
             close = close or difflib.get_close_matches(name, flags, 1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
@@ -175,20 +169,13 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """All flags: what is given goes before ``when``, and that before the fallbacks.
 
-        Args:
-            when: (flag, value) -> {flag: default}, where the value of one flag asks for other
-                defaults of others; applied in order.
+        ``when``: (flag, value) -> {flag: default}, where one flag's value asks for other defaults.
         """
         values = {**self.fallback, **given}
         for (flag, value), others in when.items():
             if values[flag] == value:
                 values = {**values, **others, **given}
         return argparse.Namespace(**values)
-
-
-def _with_underscores(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
 
 # Flags that training and evaluation share. Each `add` is: names, default, kind, help.
@@ -206,13 +193,10 @@ def add_network_flags(parser: Parser, title: str, table: Mapping[str, Any]) -> C
     """The flags that describe a network; what ``table`` lacks is left to the checkpoint."""
     add, get = parser.group(title), table.get
     add("-a --arch", get("arch"), one_of(*table["archs"]), "architecture")
-    add("--depth", get("depth"), integer("LAYERS", 4, 1202),
-        "layers: resnet 6n+2 (Bottleneck 9n+2), wrn 6n+4; the others have no choice")
+    add("--depth", get("depth"), integer("LAYERS", 4, 1202), "layers: resnet 6n+2, wrn 6n+4")
     add("--block_name", get("block_name"), one_of(*BLOCKS), "building block of resnet")
-    add("--widen_factor", get("widen_factor"), integer("TIMES", 1, 64),
-        "width of wrn, x 16 channels")
-    add("--drop --dropout", get("drop"), SHARE,
-        "share of activations that dropout sets to zero (small_cnn, wrn)")
+    add("--widen_factor", get("widen_factor"), integer("TIMES", 1, 64), "width of wrn by 16")
+    add("--drop --dropout", get("drop"), SHARE, "share of activations dropped (small_cnn, wrn)")
     return add
 
 
@@ -238,7 +222,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("-j --workers", None, integer("N", 0, 256), "of old commands; the data are in memory")
     add("--nlabel", None, integer("SAMPLES", 1), "use the first N training samples (default: all)")
     add("--val_size", None, SAMPLES, "training samples held out to choose the best checkpoint; "
-        "0 = none (default: 1000, at most a tenth of the training set)")
+        "0 = none (default: 1000, at most a tenth)")
     add("--augment", get("augment"), None, "random crop and, where the classes allow it, "
         f"horizontal flip (default: {'on' if get('augment') else 'off'})")
     add("--no_augment", None, None, "train on images as they are",
@@ -254,8 +238,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("--train_batch", 128, BATCH, "batch size in training, over all processes")
     add("--test_batch", 128, BATCH, "batch size in evaluation")
     add("--optimizer_type", "SGD", one_of(*OPTIMIZERS), "optimizer; Adam ignores --momentum")
-    add("--lr --learning_rate", get("lr"), number("RATE", above=True),
-        "learning rate: the first one of step, the peak of cosine and onecycle")
+    add("--lr --learning_rate", get("lr"), number("RATE", above=True), "highest learning rate")
     add("--lr_schedule", "step", one_of(*LR_SCHEDULES),
         "course of the learning rate; step uses --schedule and --gamma")
     add("--schedule", list(get("schedule")), integer("EPOCH", 1),
@@ -263,8 +246,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("--gamma", 0.1, number("FACTOR", 0, 1, above=True), "that factor")
     add("--momentum", 0.9, SHARE, "momentum of SGD")
     add("--weight_decay --wd", get("weight_decay"), number("RATE"), "L2 penalty on the weights")
-    add("--ema", 0.0, SHARE, "decay per step of the averaged weights that are evaluated and saved "
-        "as best; 0 = off")
+    add("--ema", 0.0, SHARE, "publish averaged weights, of this decay per step; 0 = off")
     add("--amp", False, None, "bfloat16 autocast where it is safe")
 
     add = parser.group("defense")
@@ -277,24 +259,21 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         f"(default: {get('step_size')}, --search fast {get('fast_step'):g} x epsilon)")
     add("--search", "paper", one_of(*SEARCHES), "paper: second-order ascent of the gradient norm "
         "in small steps; fast: ascent of the loss, the same flatness in fewer passes")
-    add("--lambada --lambda", get("lambada"), WEIGHT, "weight of the flatness in the loss; plays "
-        "the role of epsilon (loss nearby <= natural loss + epsilon x flatness)")
+    add("--lambada --lambda", get("lambada"), WEIGHT, "weight of the flatness in the loss")
     add("--warmup", 0.0, number("EPOCHS"), "epochs over which lambada rises linearly from 0")
     add("--beta", 6.0, WEIGHT, "weight of the robust term of trades")
-    add("--bn_mode", "shared", one_of(*BN_MODES), "which statistics BatchNorm uses in natural "
-        "loss, search and penalty; mixed is the original's, see docs/failure_case.md")
+    add("--bn_mode", "shared", one_of(*BN_MODES),
+        "statistics of BatchNorm; mixed is the original's, see docs/failure_case.md")
 
     add = parser.group("watching")
     add("--probe_size", 500, SAMPLES,
         "held-out and test samples attacked by a short PGD after each epoch; 0 = no probe")
     add("--probe_steps", 10, integer("N", 1, 100_000), "steps of that PGD")
-    add("--probe_epsilon", None, LENGTH,
-        "radius of that PGD's ball, in units of pixel intensity (default: --epsilon)")
+    add("--probe_epsilon", None, LENGTH, "its radius, in pixel intensity (default: --epsilon)")
     add("--image_interval", 5, EPOCHS, "epochs between image grids in TensorBoard; 0 = none")
 
     add = parser.group("run")
-    add("--save_dir", ".", PATH,
-        "the run folder is made below it, named after dataset, network and hyper-parameters")
+    add("--save_dir", ".", PATH, "where the run folder is made, named after its hyper-parameters")
     add("-c --checkpoint", ".", PATH, "use this very run folder (default: one below --save_dir)")
     add("--resume", "", PATH, "checkpoint or run folder to resume, with the flags that it states "
         "unless given anew; auto = the run folder's own, if there is one")
@@ -302,8 +281,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         "begins with; optimizer and epochs start anew")
     add("--overwrite", False, None, "start again in a folder that holds a run")
     add("--force", False, None, "resume although the checkpoint states other data")
-    add("--ckpt_interval", get("ckpt_interval"), EPOCHS,
-        "epochs between the kept epochN.pth.tar; 0 = none")
+    add("--ckpt_interval", get("ckpt_interval"), EPOCHS, "epochs between epochN.pth.tar; 0 = none")
     add("--save_minutes", 10.0, number("MINUTES"),
         "minutes between checkpoints within an epoch; 0 = at the end of epochs only")
     add("-e --evaluate", False, None, "evaluate the checkpoint of --resume and leave")
@@ -318,11 +296,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
 def settle_training(
     parser: Parser, table: Mapping[str, Any], given: Mapping[str, Any]
 ) -> argparse.Namespace:
-    """All flags of a training, the dependent ones settled, checked against each other.
-
-    Raises:
-        UserError: flags that contradict each other.
-    """
+    """All flags of a training, the dependent ones settled; UserError where they contradict."""
     args = parser.settle(given, table["when"])
     for name in ("checkpoint", "resume", "pretrained"):  # "." is the original's word for "none"
         if getattr(args, name) in ("", "."):
@@ -338,13 +312,13 @@ def settle_training(
         args.probe_size, args.start_epoch = min(args.probe_size, args.train_batch), 0
     if "schedule" not in given:
         args.schedule = [epoch for epoch in args.schedule if epoch <= args.epochs]
-    text = " ".join(map(str, args.schedule))
-    if "schedule" in given and args.lr_schedule != "step":
-        raise UserError(f"--schedule {text} is for --lr_schedule step, not {args.lr_schedule}")
-    if args.schedule != sorted(set(args.schedule)):
-        raise UserError(f"--schedule {text} is not increasing, allowed is for instance 50 75 90")
-    if max(args.schedule, default=0) > args.epochs:
-        raise UserError(f"--schedule {text} goes beyond --epochs {args.epochs}")
+    elif args.lr_schedule != "step":
+        raise UserError(f"--schedule is for --lr_schedule step, not {args.lr_schedule}")
+    if args.schedule != sorted(set(args.schedule)) or max(args.schedule, default=0) > args.epochs:
+        text = " ".join(map(str, args.schedule))
+        raise UserError(
+            f"--schedule {text}: allowed are rising numbers up to --epochs {args.epochs}"
+        )
     if args.search == "fast":
         args.num_steps = given.get("num_steps", table["fast_num_steps"])
         args.step_size = given.get("step_size", table["fast_step"] * args.epsilon)
@@ -352,13 +326,10 @@ def settle_training(
         if given.get("num_steps"):
             raise UserError(f"--num_steps {args.num_steps}: --defense igr is lfr with 0 steps")
         args.num_steps = 0
-    if args.probe_epsilon is None:
-        args.probe_epsilon = args.epsilon
+    args.probe_epsilon = args.epsilon if args.probe_epsilon is None else args.probe_epsilon
     check_ball(args, "epsilon", "probe_epsilon")
     if args.start_epoch >= args.epochs and not args.evaluate:
-        raise UserError(
-            f"--start_epoch {args.start_epoch} leaves no epoch of --epochs {args.epochs}"
-        )
+        raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
     if args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}")
     return args
@@ -371,10 +342,8 @@ def check_ball(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         radius = getattr(args, name)
         if args.norm == "l_inf" and radius is not None and radius > 1:
-            raise UserError(
-                f"--{name} {radius:g} is wider than the pixels' range, allowed is 0 to 1 "
-                f"with --norm l_inf ({radius:g}/255 = {radius / 255:.4g}?)"
-            )
+            wide = f"--{name} {radius:g} is wider than the pixels' range, allowed is 0 to 1"
+            raise UserError(f"{wide} with --norm l_inf ({radius:g}/255 = {radius / 255:.4g}?)")
 
 
 def doubtful_steps(norm: str, epsilon: float, num_steps: int, step_size: float) -> list[str]:

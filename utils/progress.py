@@ -7,11 +7,7 @@ from tqdm import tqdm
 
 
 class Bar(tqdm):
-    """tqdm, on stderr.
-
-    Args:
-        shown: False shows nothing, for all processes of a run but the first.
-    """
+    """tqdm on stderr, or nothing where it is not ``shown`` (all processes but the first)."""
 
     def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
         self._plain = not sys.stderr.isatty()

@@ -1,12 +1,7 @@
-"""The folder of a training run, in which every name stands for a complete file.
-
-It holds what the original's did (``log.txt``, ``checkpoint.pth.tar``, ``model_best.pth.tar``,
-``epochN.pth.tar``, ``scalars/``) and JSON files beside it.
-"""
+"""The folder of a training run, in which every name stands for a complete file."""
 
 import contextlib
 import io
-import json
 import math
 import os
 import re
@@ -55,8 +50,8 @@ def write_atomic(path: AnyPath, data: bytes) -> None:
 
 
 def serialized(checkpoint: Mapping[str, Any]) -> bytes:
-    """What torch.save writes. In memory: torch reports a full disk as an internal error."""
-    stream = io.BytesIO()
+    """What torch.save writes."""
+    stream = io.BytesIO()  # torch reports a full disk as an internal error
     torch.save(dict(checkpoint), stream)
     return stream.getvalue()
 
@@ -64,20 +59,15 @@ def serialized(checkpoint: Mapping[str, Any]) -> bytes:
 class RunFolder(contextlib.AbstractContextManager):
     """The folder of one training run, created if missing, locked until the process ends.
 
-    Args:
-        resume_from: checkpoint to continue from. A folder that holds a run is taken only if the
-            checkpoint lies in it; another folder gets a copy of that run's best network.
-        overwrite: remove the run that the folder holds.
-
-    Raises UserError: not a folder, not writable, in use, or holds another run.
+    A folder that holds a run is taken only if ``resume_from`` lies in it, or to ``overwrite`` the
+    run; another folder gets a copy of the resumed run's best network. UserError: not a folder, not
+    writable, in use, or holds another run.
     """
 
     def __init__(
         self, path: AnyPath, *, resume_from: AnyPath | None = None, overwrite: bool = False
     ) -> None:
-        self.path = Path(path)
-        self.scalars = self.path / "scalars"  # TensorBoard's event files
-        self.checkpoint, self.best = self.path / CHECKPOINT, self.path / BEST
+        self.path, self.scalars = Path(path), Path(path, "scalars")
         with naming(f"run folder {path}"), contextlib.ExitStack() as failed:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = failed.enter_context(open(self.path / ".lock", "a"))
@@ -115,18 +105,13 @@ class RunFolder(contextlib.AbstractContextManager):
         # Only the newest state's: by an older checkpoint another network was the best.
         if resume_from and resume_from.name == CHECKPOINT:
             with contextlib.suppress(FileNotFoundError):
-                write_atomic(self.best, resume_from.with_name(BEST).read_bytes())
+                write_atomic(self.path / BEST, resume_from.with_name(BEST).read_bytes())
 
     def save(self, checkpoint: Mapping[str, Any], *names: str) -> None:
-        """Save a checkpoint under each name (default ``checkpoint.pth.tar``), or UserError."""
+        """Save a checkpoint under each name, or UserError."""
         data = serialized(checkpoint)
-        for name in names or (CHECKPOINT,):
+        for name in names:
             write_atomic(self.path / name, data)
-
-    def save_json(self, name: str, content: Any) -> None:
-        """Write ``content`` as JSON, what JSON does not know as text, or UserError."""
-        text = json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"
-        write_atomic(self.path / name, text.encode())
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()

@@ -3,17 +3,14 @@
 import ctypes
 import os
 import platform
-import random
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -55,10 +52,7 @@ class Processes:
 def pick_device(gpu_id: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """The device for ``--gpu_id`` ("0" or "0,1"), and a line that says which one and why.
 
-    Where there is no CUDA the same command runs on Apple's MPS or on the CPU.
-
-    Raises:
-        UserError: CUDA is there, that GPU is not.
+    Without CUDA that is Apple's MPS or the CPU. UserError: CUDA is there, that GPU is not.
     """
     ids = [int(part) for part in gpu_id.split(",")]
     if torch.cuda.is_available():
@@ -76,24 +70,17 @@ def pick_device(gpu_id: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
 @contextmanager
 def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
-    """Set up device and process group for the duration of a run.
+    """Set up device and process group for the duration of a run; 0 threads: PyTorch's choice.
 
-    Args:
-        gpu_id: GPU numbers, see :func:`pick_device`.
-        threads: CPU threads of this process; 0 is PyTorch's choice.
-
-    Raises:
-        UserError: no such GPU; several GPUs named but one process started.
+    UserError: no such GPU; several GPUs named but one process started.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if threads:
         torch.set_num_threads(threads)
     count = len(gpu_id.split(","))
     if torch.cuda.is_available() and count > 1 and size == 1:
-        raise UserError(
-            f"--gpu_id {gpu_id} names {count} GPUs, one process drives one; start "
-            f"torchrun --nproc_per_node={count} {sys.argv[0]} ... with the same flags"
-        )
+        start = f"torchrun --nproc_per_node={count} {sys.argv[0]} ... with the same flags"
+        raise UserError(f"--gpu_id {gpu_id}: one process drives one GPU; start {start}")
     device, line = pick_device(gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     _keep_freed_memory()
@@ -112,22 +99,13 @@ def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, for the next batch.
+    """Let glibc keep what is freed: a quarter of the time of a forward pass on MNIST.
 
-    It returns blocks of a few megabytes to the system at once, and the system clears every page
-    again when the next batch asks for them: a quarter of the time of a forward pass on MNIST.
+    Else the system clears every page again when the next batch asks for it.
     """
     if platform.libc_ver()[0] == "glibc":
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch on every device."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (the libraries' global generator is the one to seed)
-    torch.manual_seed(seed)
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def versions() -> dict[str, str]:
@@ -144,10 +122,7 @@ def versions() -> dict[str, str]:
 
 
 class StopSignal:
-    """Ctrl-C and what schedulers send, as a flag that a loop reads between two steps.
-
-    A second signal of the same kind stops at once.
-    """
+    """Ctrl-C and what schedulers send, as a flag to read; a second signal stops at once."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # not all on Windows
 
@@ -164,6 +139,6 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: object) -> None:
         self.received = number
         signal.signal(number, self._before[number])

@@ -1,6 +1,7 @@
 """A training run from its command line to its run folder; both training scripts call `train`."""
 
 import argparse
+import json
 import math
 import shlex
 import signal
@@ -20,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from models import build_model
 from utils import checkpoints, engine
-from utils.board import Board
+from utils.board import Board, draw_grid
 from utils.data import Batches, split_validation
 from utils.datasets import augmentation, load_dataset
 from utils.defenses import Defense, DefenseLoss
@@ -29,10 +30,9 @@ from utils.errors import UserError
 from utils.lfr import Ball, inner_maximization
 from utils.lfr.batch_norm import has_batch_norm, mode
 from utils.options import Parser, doubtful_steps, settle_training, training_parser
-from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder
-from utils.runtime import Processes, StopSignal, processes, seed_everything, versions
+from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder, write_atomic
+from utils.runtime import Processes, StopSignal, processes, versions
 
-MODES = ("eval", "batch")  # BatchNorm by its running statistics, and by those of the batch
 # What is known after an epoch: its name here, its column in log.txt ("Valid" is the test set, as in
 # the original), its tag in TensorBoard, and the word for it in the line that is printed.
 FIGURES = (
@@ -47,7 +47,7 @@ FIGURES = (
     ("held_out_robust", "Held-out Robust Acc.", "Robust/held_out_pgd", "held-out PGD %"),
     ("test_robust", "Test Robust Acc.", "Robust/test_pgd", "test PGD %"),
     ("gap", "BN Gap", "BN_gap/gap", ""),
-    *((f"{w}_{m}", "", f"BN_gap/{w}_{m}", "") for w in ("accuracy", "flatness") for m in MODES),
+    *((name, "", f"BN_gap/{name}", "") for name in engine.BN_GAP),
     ("lambada", "", "Schedule/lambada", ""),
     ("seconds", "Seconds", "Time/seconds_per_epoch", "seconds"),
 )
@@ -55,9 +55,6 @@ COLUMNS = tuple(column for _, column, _, _ in FIGURES if column)
 
 # BatchNorm has made two networks when its two kinds of statistics disagree by more percent points.
 BN_GAP_LIMIT = 20.0
-# The penalty is measured at points that are at least as steep as the images. Where it is so many
-# times less than the gradient norm at held-out images, the search no longer finds what is there.
-PENALTY_LIMIT = 3.0
 
 # Flags of one command only: a resumed run does not take them from its checkpoint.
 OF_THE_COMMAND = set(
@@ -71,18 +68,11 @@ MEASURE = {"norm", "probe_epsilon", "probe_steps", "probe_size", *SPLIT}
 ARCH = {name: name for name in "depth block_name widen_factor drop activation norm_layer".split()}
 ARCH["name"] = "arch"
 
-STATISTICS_BATCHES = 20  # from which an averaged network gets its BatchNorm statistics
-
 
 def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None = None) -> int:
     """Train as the command line (default ``sys.argv[1:]``) says; returns the exit code.
 
-    Args:
-        table: what the script does when a flag is not given.
-        description: the script's, for ``--help``.
-
-    Raises:
-        UserError: anything the user can mend.
+    ``table`` holds the script's defaults. UserError: anything the user can mend.
     """
     parser = training_parser(table, description)
     typed = parser.given(sys.argv[1:] if argv is None else argv)
@@ -122,9 +112,8 @@ def run_path(args: argparse.Namespace) -> Path:
         name += f"_lambada_{args.lambada}"
     if args.defense == "trades":
         name += f"_beta_{args.beta}"
-    network = {"small_cnn": "", "preact_resnet": "preact_resnet"}.get(
-        args.arch, f"{args.arch}_{args.depth}_{args.widen_factor}"
-    )
+    own = {"small_cnn": "", "preact_resnet": "preact_resnet"}
+    network = own.get(args.arch, f"{args.arch}_{args.depth}_{args.widen_factor}")
     return Path(args.save_dir) / args.dataset / network / f"{name}_rs_{args.manualSeed}"
 
 
@@ -132,15 +121,11 @@ class _Training:
     """One run: everything that its epochs need."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        typed: Mapping[str, Any],
-        resumed: dict[str, Any] | None,
-        run: Processes,
+        self, args: argparse.Namespace, typed: Mapping[str, Any], resumed: Any, run: Processes
     ) -> None:
         self.args, self.processes, self.resumed = args, run, resumed
         self.given = {k: v for k, v in typed.items() if k not in OF_THE_COMMAND}
-        seed_everything(args.manualSeed)
+        torch.manual_seed(args.manualSeed)
         self._load_data()
         found, path = resumed, args.resume
         if found is None and args.pretrained is not None:
@@ -169,33 +154,24 @@ class _Training:
         elif found is not None:
             self._start_from(found, path)
 
-    # -- setting up -------------------------------------------------------------------------------
-
     def _load_data(self) -> None:
         args, device = self.args, self.processes.device
         data = load_dataset(args.dataset, args.data_dir, train=True)
         self.test_set = load_dataset(args.dataset, args.data_dir, train=False).to(device)
         if (args.nlabel or 0) > len(data):
-            raise UserError(
-                f"--nlabel {args.nlabel}: {data.name} has {len(data)} training samples, "
-                f"allowed are 1 to {len(data)}"
-            )
+            raise UserError(f"--nlabel {args.nlabel}: allowed are 1 to {len(data)}, all samples")
         self.train_set, self.val_set = data.head(args.nlabel or len(data)), None
         if args.val_size is None:
             args.val_size = min(1000, len(self.train_set) // 10)
         if args.val_size:
-            self.train_set, val_set = split_validation(
-                self.train_set, args.val_size, args.manualSeed
-            )
-            self.val_set = val_set.to(device)
+            parts = split_validation(self.train_set, args.val_size, args.manualSeed)
+            self.train_set, self.val_set = parts[0], parts[1].to(device)
 
     def _build(self) -> nn.Module:
         args, data = self.args, self.train_set
         height, width = data.image_size
         if height != width and args.arch == "small_cnn":
-            raise UserError(
-                f"dataset {data.name}: {height}x{width} pixels, small_cnn needs squares"
-            )
+            raise UserError(f"{data.name} has {height}x{width} pixels, small_cnn needs squares")
         shapes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
         try:
             options = {key: getattr(args, flag) for key, flag in ARCH.items()}
@@ -207,9 +183,8 @@ class _Training:
     def _start_from(self, found: dict[str, Any], path: Path) -> None:
         """The weights of a finished network, the averaged ones where there are any."""
         log, own, state = self.processes.log, self.network.state_dict(), found["state_dict"]
-        if len(found.get("classes") or own) != self.train_set.num_classes and own.keys() == {
-            *state
-        }:
+        count = len(found.get("classes") or own)
+        if count != self.train_set.num_classes and own.keys() == state.keys():
             head = [name for name in own if own[name].shape != state[name].shape]
             weights = {**state, **{name: own[name] for name in head}}
             found = {**found, "arch": None, "state_dict": weights}
@@ -218,24 +193,21 @@ class _Training:
         log(f"starting from the weights of {path}")
         changed = [line for name, line in self._changed_flags(found).items() if name in SPLIT]
         if changed and self.val_set is not None and found.get("dataset") == self.train_set.source:
-            log(
-                f"note: these weights were trained on images that are held out now "
-                f"({'; '.join(changed)}), which flatters the choice of {BEST}"
-            )
+            line = f"were trained on images that are held out now ({'; '.join(changed)})"
+            log(f"note: these weights {line}, which flatters the choice of {BEST}")
 
     def _restore(self, found: dict[str, Any]) -> None:
         """Everything the checkpoint holds; the original's hold weights, optimizer and epoch."""
         path, state, weights = self.args.resume, found.get("training"), found["state_dict"]
         if state is None:
             self.progress.epoch = found.get("epoch", 0)
-        elif not isinstance(state, dict):
-            raise UserError(f"{path}: its 'training' is not the state of a run")
         else:
-            progress = state.get("progress")
-            self.progress = checkpoints.restore_fields(Progress, progress, path, "progress")
+            try:
+                self.progress, own = Progress(**state["progress"]), state.get("weights")
+            except (LookupError, TypeError):
+                raise UserError(f"{path}: its 'training' is not the state of a run") from None
             # The averaged weights are what is published: --evaluate looks at those.
-            if state.get("weights") is not None and not self.args.evaluate:
-                weights = state["weights"]
+            weights = weights if own is None or self.args.evaluate else own
         checkpoints.restore_network(self.network, {"state_dict": weights}, path)
         if self.average is not None:
             checkpoints.restore_network(self.average.module, found, path)
@@ -252,15 +224,11 @@ class _Training:
             if name in before and before[name] != value and name not in OF_THE_COMMAND
         }
 
-    # -- running ----------------------------------------------------------------------------------
-
     def run(self) -> int:
         args, log, progress = self.args, self.processes.log, self.progress
-        held_out = len(self.val_set) if self.val_set is not None else 0
-        log(
-            f"data: {self.train_set.name}, {len(self.train_set)} training, {held_out} held-out and "
-            f"{len(self.test_set)} test images"
-        )
+        counts = [len(part or ()) for part in (self.train_set, self.val_set, self.test_set)]
+        line = "data: {}, {} training, {} held-out and {} test images"
+        log(line.format(self.train_set.name, *counts))
         if args.evaluate:
             row = _row(self._measure(self._evaluated()))
             probe = f"PGD-{args.probe_steps}, {args.norm} {args.probe_epsilon:.4g}"
@@ -291,24 +259,19 @@ class _Training:
         if self.processes.is_main:
             folder = RunFolder(run_path(args), resume_from=args.resume, overwrite=args.overwrite)
             stack.enter_context(folder)
-            content = {
-                "command": shlex.join(sys.argv),
-                "arguments": vars(args),
-                "dataset": self.train_set.name,
-                "architecture": self.network.arch,
-                "parameters": sum(p.numel() for p in self.network.parameters()),
-                "processes": self.processes.size,
-                "versions": versions(),
-            }
-            folder.save_json("args.json", content)
+            content = {"command": shlex.join(sys.argv), "arguments": vars(args)}
+            content |= {"dataset": self.train_set.name, "architecture": self.network.arch}
+            content |= {"parameters": sum(p.numel() for p in self.network.parameters())}
+            content |= {"processes": self.processes.size, "versions": versions()}
+            text = json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"
+            write_atomic(folder.path / "args.json", text.encode())
         self.processes.barrier()
         return folder
 
     def _compare_flags(self) -> None:
         """One line naming the flags that differ from the checkpoint's, if any."""
         changed = self._changed_flags(self.resumed)
-        if changed:
-            lines = "; ".join(changed.values())
+        if lines := "; ".join(changed.values()):
             self.processes.log(f"note: the checkpoint was written with other flags: {lines}")
         if not (run_path(self.args) / BEST).exists() or changed.keys() & MEASURE:
             self.progress.best = Progress().best
@@ -327,33 +290,35 @@ class _Training:
         if run.size > 1:
             devices = [run.device] if run.device.type == "cuda" else None
             loss_of = DistributedDataParallel(loss_of, device_ids=devices)
-        board = Board(folder.scalars if folder else None)
-        stack.callback(board.close)
-        board.describe(shlex.join(sys.argv), vars(args))
-        log = folder and Log(folder.path / LOG, COLUMNS, progress.epoch - args.start_epoch)
+        if folder is not None:
+            log = Log(folder.path / LOG, COLUMNS, progress.epoch - args.start_epoch)
+            board = stack.enter_context(Board(folder.scalars))
+            flags = {k: v for k, v in vars(args).items() if k not in OF_THE_COMMAND}
+            board.describe(shlex.join(sys.argv), flags, self.train_set.classes)
         saved = time.monotonic()
 
         def after_step(values: dict[str, float]) -> None:
             nonlocal saved
             if self.average is not None:
                 self.average.update_parameters(self.network)
-            curves = {
-                "Loss_iter/Loss": values["loss"],
-                "Loss_iter/Loss_normal": values["natural"],
-                "Loss_iter/Loss_gradient": values["penalty"],
-                "Loss_iter/grad_part": values["loss"] - values["natural"],
-            }
-            board.scalars(progress.step - 1, curves)
             asked = run.sum(float(stop.received is not None))[0] > 0
-            due = args.save_minutes and time.monotonic() - saved > 60 * args.save_minutes
-            if folder is not None and (asked or due):
-                board.flush()
-                folder.save(self._state(), CHECKPOINT)
-                saved = time.monotonic()
+            if folder is not None:
+                curves = {
+                    "Loss_iter/Loss": values["loss"],
+                    "Loss_iter/Loss_normal": values["natural"],
+                    "Loss_iter/Loss_gradient": values["penalty"],
+                    "Loss_iter/grad_part": values["loss"] - values["natural"],
+                }
+                board.scalars(progress.step - 1, curves)
+                due = args.save_minutes and time.monotonic() - saved > 60 * args.save_minutes
+                if asked or due:
+                    board.flush()
+                    folder.save(self._state(), CHECKPOINT)
+                    saved = time.monotonic()
             if asked:
                 raise Interrupted
 
-        rate, lambada = engine.learning_rate(args), engine.flatness_weight(args)
+        rate, lambada = engine.schedules(args)
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
             start = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
@@ -370,8 +335,6 @@ class _Training:
             if stop.received is not None:
                 raise Interrupted
 
-    # -- after an epoch ---------------------------------------------------------------------------
-
     def _evaluated(self) -> nn.Module:
         """The network that is measured and published: the average where there is one."""
         return self.average.module if self.average is not None else self.network
@@ -384,21 +347,24 @@ class _Training:
         if self.average is not None and has_batch_norm(self.network):
             # Statistics of averaged weights are not the average of the statistics: while the
             # weights still move fast, such a network is at chance.
-            images = (x for x, _, _ in islice(batches.iterate(), STATISTICS_BATCHES))
+            images = (x for x, _, _ in islice(batches.iterate(), 20))
             update_bn(images, self.average.module)
         found = {**means, **self._measure(self._evaluated())}
-        board.scalars(progress.epoch - 1, {tag: found.get(name) for name, _, tag, _ in FIGURES})
+        curves = {tag: found[name] for name, _, tag, _ in FIGURES if name in found}
+        board.scalars(progress.epoch - 1, curves)
         if args.image_interval and (progress.epoch - 1) % args.image_interval == 0:
             self._draw(board, progress.epoch - 1)
         score, gap, names = self._score(found), abs(found.get("gap", 0.0)) > BN_GAP_LIMIT, []
         # The first epochs' running statistics lag behind: without a best yet, any is the best.
         if score > progress.best and (not gap or progress.best < 0):
-            progress.best = score
-            names.append(BEST)
+            progress.best, names = score, [BEST]
         if args.ckpt_interval and progress.epoch % args.ckpt_interval == 0:
             names.append(f"epoch{progress.epoch}.pth.tar")
-        if warning := self._warning(found, gap):
-            print(f"warning: epoch {progress.epoch}: {warning}", file=sys.stderr, flush=True)
+        if gap:
+            running, batch = (f"{found[f'accuracy_{name}']:.1f} %" for name in ("eval", "batch"))
+            line = f"accuracy is {running} by BatchNorm's running statistics, {batch} by a batch's"
+            see = f"{BEST} is kept as it was (--bn_mode {args.bn_mode}, see docs/failure_case.md)"
+            print(f"warning: epoch {progress.epoch}: {line}; {see}", file=sys.stderr, flush=True)
         board.flush()
         log.append({column: found.get(name, math.nan) for name, column, _, _ in FIGURES if column})
         folder.save(self._state(found), *names, CHECKPOINT)
@@ -416,54 +382,28 @@ class _Training:
                 found[f"{name}_robust"] = engine.probe(
                     network, data.head(args.probe_size), ball, args.probe_steps, args.test_batch
                 )
-        held_out = self.val_set if self.val_set is not None else self.test_set
-        found |= engine.bn_gap(network, held_out.head(512), self.ball, args.train_batch)
+        held_out = (self.val_set or self.test_set).head(512)
+        found |= engine.bn_gap(network, held_out, self.ball, args.train_batch)
         if has_batch_norm(network):
             found["gap"] = found["accuracy_batch"] - found["accuracy_eval"]
         return found
 
     def _score(self, found: Mapping[str, float]) -> float:
-        """What the best epoch is chosen by: the mean of clean and robust accuracy, held out.
-
-        It is the area under accuracy by radius, by its two ends. Robust accuracy alone would choose
-        a network that answers with a constant, which is robust wherever it is right.
-        """
+        """Clean and robust accuracy: the latter alone chooses a constant, robust where right."""
         clean = found.get("held_out_accuracy", found["test_accuracy"])
         robust = found.get("held_out_robust", found.get("test_robust", clean))
         return (clean + robust) / 2
 
-    def _warning(self, found: Mapping[str, float], gap: bool) -> str | None:
-        """What to say of a network whose figures cannot be trusted."""
-        args = self.args
-        if gap:
-            return (
-                f"accuracy is {found['accuracy_eval']:.1f} % by BatchNorm's running statistics and "
-                f"{found['accuracy_batch']:.1f} % by those of a batch; {BEST} is kept as it was "
-                f"(--bn_mode {args.bn_mode}, see docs/failure_case.md)"
-            )
-        at_images = found["flatness_eval" if args.bn_mode == "running" else "flatness_batch"]
-        # Not early: the penalty is a mean over an epoch in which gradients grow from nothing.
-        early = self.progress.epoch <= max(1.0, args.warmup)
-        flat_anyway = args.epsilon * at_images < 0.1
-        searched = args.defense == "lfr" and args.num_steps > 0
-        if early or flat_anyway or not searched or PENALTY_LIMIT * found["penalty"] >= at_images:
-            return None
-        return (
-            f"the penalty ({found['penalty']:.3g}) is less than a third of the gradient norm at "
-            f"held-out images ({at_images:.3g}), which the search should exceed: the network is "
-            "flat only where the search looks; try more --num_steps of a smaller --step_size, or "
-            "--search fast (see docs/failure_case.md)"
-        )
-
     def _draw(self, board: Board, epoch: int) -> None:
         args, network = self.args, self._evaluated()
-        data = (self.val_set if self.val_set is not None else self.test_set).head(10)
+        data = (self.val_set or self.test_set).head(5)
         x = data.float_images().contiguous(memory_format=torch.channels_last)
         steps = {"step_size": args.step_size, "num_steps": args.num_steps, "search": args.search}
         with mode(network, training=False), torch.no_grad():
             x_adv = inner_maximization(network, x, data.labels, self.ball, start=x, **steps)
             predictions = network(x_adv).argmax(1)
-        board.images(epoch, x, x_adv, predictions, data.labels, data.classes)
+        picture = draw_grid(x, x_adv, predictions, data.labels, data.classes)
+        board.add_image("Images/x_adv", picture, epoch)
 
     def _state(self, found: Mapping[str, float] | None = None) -> dict[str, Any]:
         """A checkpoint: the original's keys, then what evaluation and resuming need."""

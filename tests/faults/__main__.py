@@ -45,8 +45,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import utils.evaluation  # noqa: E402 - imported once, here, for all forked runs
 import utils.training  # noqa: E402, F401
 from tests.faults import files  # noqa: E402
+from tests.helpers import save_checkpoint  # noqa: E402
 from tests.test_checkpoints import REFUSED  # noqa: E402
-from utils.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
+from utils.checkpoints import load_checkpoint  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.run_folder import CHECKPOINT  # noqa: E402
 

@@ -120,9 +120,35 @@ def sample_generator(seed: int, index: int, *purpose: int) -> torch.Generator:
 
 
 def random_starts(x: Tensor, ball: Ball, seed: int, index: Tensor, restart: int) -> Tensor:
-    """A start for every image, drawn from (seed, restart, the image's index in the dataset)."""
-    drawn = [sample_generator(seed, number, restart) for number in index.tolist()]
-    return torch.cat([ball.random_start(image[None], own) for image, own in zip(x, drawn)])
+    """A start for every image, drawn from (seed, restart, the image's index in the dataset).
+
+    Uniform over the ball (by volume), then clamped to [0, 1]; the same on every device.
+    """
+
+    def draw(image: Tensor, generator: torch.Generator) -> Tensor:
+        options = {"generator": generator, "dtype": x.dtype}
+        if ball.norm == "l_inf":
+            return (2 * torch.rand(image.shape, **options) - 1) * ball.epsilon
+        direction = ball.steepest(torch.randn(image[None].shape, **options))[0]
+        return direction * (torch.rand(1, **options) ** (1 / image.numel()) * ball.epsilon)
+
+    generators = (sample_generator(seed, number, restart) for number in index.tolist())
+    noise = torch.stack([draw(*pair) for pair in zip(x, generators)])
+    return ball.project(x + noise.to(x.device), x)
+
+
+def _with_momentum(gradient: Callable[[Tensor], Tensor], decay: float) -> Callable[..., Tensor]:
+    """MI-FGSM, Dong et al. 2018, eq. 6: ``g <- decay * g + gradient / mean(|gradient|)``."""
+    momentum: Tensor | float = 0.0
+
+    def direction(points: Tensor) -> Tensor:
+        nonlocal momentum
+        found = gradient(points)
+        scale = found.abs().mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
+        momentum = decay * momentum + found / scale
+        return momentum
+
+    return direction
 
 
 class Attacked(NamedTuple):
@@ -148,8 +174,9 @@ def _maximise_loss(
         return result
 
     steps = {"step_size": budget.step_size, "num_steps": budget.num_steps}
+    ascended = gradient if budget.decay is None else _with_momentum(gradient, budget.decay)
     with Accelerated(frozen=True):
-        end = ascend(x, gradient, budget.ball, start=start, decay=budget.decay, **steps)
+        end = ascend(x, ascended, budget.ball, start=start, **steps)
     return end, found, fooled
 
 

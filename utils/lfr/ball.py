@@ -1,7 +1,7 @@
 """The eps-ball around an image, and the projected ascent inside it.
 
 One routine, :func:`ascend`, serves the whole repository: LFR's inner maximisation (`loss.py`) and
-the attacks FGSM, PGD and momentum PGD differ only in the gradient that they ascend.
+the attacks FGSM, PGD and momentum PGD differ only in the direction that they ascend.
 """
 
 from collections.abc import Callable
@@ -68,26 +68,10 @@ class Ball:
         # The box contains x, so clamping to it can only bring a point nearer to x.
         return (x + difference * _per_sample(shrink, x)).clamp(0, 1)
 
-    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A point drawn uniformly from the ball (volume), then clamped to [0, 1].
-
-        Drawn on the generator's device, by default the CPU: a seed then gives the same start
-        whatever device the images are on.
-        """
-        device = generator.device if generator is not None else "cpu"
-        options = {"generator": generator, "device": device, "dtype": x.dtype}
-        if self.norm == "l_inf":
-            noise = (2 * torch.rand(x.shape, **options) - 1) * self.epsilon
-        else:
-            direction = self.steepest(torch.randn(x.shape, **options))
-            radius = torch.rand(len(x), **options) ** (1 / x[0].numel())
-            noise = direction * _per_sample(radius * self.epsilon, x)
-        return self.project(x + noise.to(x.device), x)
-
 
 def ascend(
     x: Tensor, gradient: Callable[[Tensor], Tensor], ball: Ball, *, step_size: float,
-    num_steps: int, start: Tensor | None = None, decay: float | None = None,
+    num_steps: int, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected steepest ascent: ``x' <- project(x' + step_size * steepest(gradient(x')))``.
 
@@ -97,18 +81,11 @@ def ascend(
         step_size: length of a step in the ball's norm, in units of pixel intensity.
         num_steps: 0 returns the start.
         start: first point, default ``x``.
-        decay: None for plain steps; a number mu for momentum (MI-FGSM, Dong et al. 2018, eq. 6):
-            ``g <- mu * g + gradient / mean(|gradient|)``, the step follows g.
 
     Returns [N, C, H, W], detached, inside the ball and in [0, 1].
     """
     x = x.detach()
     x_adv = x if start is None else start.detach()
-    momentum = torch.zeros_like(x)
     for _ in range(num_steps):
-        direction = gradient(x_adv).detach()
-        if decay is not None:
-            scale = direction.abs().flatten(1).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
-            direction = momentum = decay * momentum + direction / _per_sample(scale, x)
-        x_adv = ball.project(x_adv + step_size * ball.steepest(direction), x)
+        x_adv = ball.project(x_adv + step_size * ball.steepest(gradient(x_adv).detach()), x)
     return x_adv

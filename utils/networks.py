@@ -1,0 +1,100 @@
+"""Networks to evaluate: of a checkpoint, of the user's own function, of the package timm."""
+
+import argparse
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build_model
+from utils.checkpoints import arch_of, find_checkpoint, load_checkpoint, restore_network
+from utils.data import ImageSet
+from utils.errors import UserError
+from utils.foreign import naming
+from utils.run_folder import BEST, AnyPath
+
+
+def sha256_of(path: AnyPath) -> str:
+    """Hexadecimal SHA-256 of a file, or UserError."""
+    with naming(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load_network(
+    path: AnyPath, asked: Mapping[str, Any] | None = None, checkpoint: Any = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, or of a run folder's best, in eval mode; and the checkpoint.
+
+    ``checkpoint`` is what the file holds, where it is loaded already. UserError: the file is
+    refused, or holds another network than is ``asked``, see :func:`arch_of`.
+    """
+    path = find_checkpoint(path, BEST)
+    checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
+    arch = arch_of(checkpoint, asked, path)
+    with naming(path), torch.device("meta"):  # takes no memory and draws no random numbers
+        network = build_model(**arch)
+    network.to_empty(device="cpu")
+    restore_network(network, checkpoint, path)
+    return network.eval(), checkpoint
+
+
+def _call(name: str) -> nn.Module:
+    """The network that the user's ``module:function`` returns."""
+    module_name, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+        inspect.signature(make).bind()
+    except (ModuleNotFoundError, AttributeError, TypeError) as error:
+        raise UserError(f"--network {name}: {error}") from None
+    network = make()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--network {name}: returned {type(network).__name__}, not an nn.Module")
+    return network
+
+
+def build_network(
+    args: argparse.Namespace,
+    path: str | None,
+    checkpoint: Mapping[str, Any],
+    data: ImageSet,
+    device: torch.device,
+) -> nn.Module:
+    """The network that the flags name, with a checkpoint's weights, in eval mode, or UserError."""
+    if args.network:
+        network = _call(args.network)
+    elif args.arch and args.arch.startswith("timm:"):
+        try:
+            create = importlib.import_module("timm").create_model
+            network = create(args.arch[5:], num_classes=data.num_classes, in_chans=data.in_channels)
+        except (ImportError, RuntimeError, TypeError) as error:
+            raise UserError(f"--arch {args.arch}: {error} (pip install timm?)") from None
+    else:
+        asked = {n: getattr(args, n) for n in ("depth", "block_name", "widen_factor", "drop")}
+        network, _ = load_network(path, {"name": args.arch, **asked}, checkpoint)
+    if path and (args.network or ":" in (args.arch or "")):
+        restore_network(network, checkpoint, path)
+    arch = getattr(network, "arch", {})
+    side, (height, width) = arch.get("image_size"), data.image_size
+    for what, has, needs in (
+        ("channels", data.in_channels, arch.get("in_channels")),
+        ("classes", data.num_classes, arch.get("num_classes")),
+        ("pixels", f"{height} x {width}", side and f"{side} x {side}"),
+    ):
+        if needs is not None and has != needs:
+            line = f"a network for {needs} {what}, dataset {data.name} has {has}"
+            raise UserError(f"{path} is {line}")
+    if args.mean:
+        from torchvision.transforms import Normalize  # importing it takes seconds
+
+        if not {len(args.mean), len(args.std)} <= {1, data.in_channels}:
+            raise UserError(f"--mean and --std take 1 or {data.in_channels} values")
+        network = nn.Sequential(Normalize(args.mean, args.std), network)
+    return network.to(device, memory_format=torch.channels_last).eval()
