@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # Run where nothing of the repository can be imported: training steps of torchvision's ResNet-18 by
 # lfr_loss and, on a twin, by plain double backward. Prints what was imported, and how far apart
@@ -148,3 +150,25 @@ def test_the_repository_s_own_import_is_the_same_package(root):
             if line.startswith(("import ", "from ")):
                 first = line.split()[1].split(".")[0]
                 assert first in ("", "torch", *sys.stdlib_module_names), line
+
+
+def test_the_code_of_the_page_runs(root, monkeypatch, capsys):
+    """docs/use_it.md, block by block, each with what the ones before have defined."""
+    from utils import lfr
+
+    monkeypatch.chdir(root)
+    monkeypatch.setitem(sys.modules, "lfr", lfr)
+    page = (root / "docs" / "use_it.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {"network": torch.nn.Identity()}
+    for block in blocks[:-1]:
+        exec(block, names)
+    assert capsys.readouterr().out.startswith("natural 2.") and names["logits"].shape == (1, 10)
+    assert names["my_network"]().fc.out_features == 10
+    # The last one evaluates `network`, by now the published one, on images of ours.
+    images = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    network = names["network"].to(memory_format=torch.channels_last)
+    wrong = (network(images.float()).argmax(1) + 1) % 10
+    exec(blocks[-1], {"network": network, "images": images, "labels": wrong})
+    found, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert found == "0.0 0.0" and [row.split()[0] for row in rows[-2:]] == ["PGD", "AutoAttack"]
