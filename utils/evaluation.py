@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from utils import checkpoints
 from utils.attacks import budgets, family, gradient_budget, logits_of, misclassified, percent, pgd
-from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Family
+from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Budget, Family
 from utils.attacks.library import CHUNK, STAGES, require_library, run_library
 from utils.attacks.masking import masking_checks
 from utils.attacks.minimum_norm import ddn, jsma, pointwise
@@ -35,6 +37,7 @@ from utils.evaluation_options import apply_statement, parse_evaluation
 from utils.networks import build_network, sha256_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
+from utils.report import check_page, write_page
 from utils.run_folder import BEST
 from utils.runtime import Processes, processes, versions
 from utils.tables import number, text_table
@@ -237,8 +240,8 @@ def summarize(
     return {**entry, **({"notes": attack.notes} if attack.notes else {}), "versions": versions()}
 
 
-def results_table(attacks: dict[str, dict[str, Any]]) -> str:
-    """A report's ``attacks`` as aligned text; medians over the images that an attack broke."""
+def results_rows(attacks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The cells of :func:`results_table`, the first row its header."""
     with_distances = any("success_rate" in entry for entry in attacks.values())
     figures = [("seconds", "seconds", 1)]
     if with_distances:
@@ -250,8 +253,14 @@ def results_table(attacks: dict[str, dict[str, Any]]) -> str:
         budget = ("at " if "success_rate" in entry else "") + entry["budget"]["shown"]
         cells = [number(entry.get(key), digits) for _, key, digits in figures]
         rows.append([name, *accuracies, budget, *cells])
+    return rows
+
+
+def results_table(attacks: dict[str, dict[str, Any]]) -> str:
+    """A report's ``attacks`` as aligned text; medians over the images that an attack broke."""
+    rows = results_rows(attacks)
     note = "\nL0, L2, L_inf: medians over the images that the attack broke."
-    return text_table(rows, left=(0, 3)) + (note if with_distances else "")
+    return text_table(rows, left=(0, 3)) + (note if "L0" in rows[0] else "")
 
 
 @torch.no_grad()
@@ -348,8 +357,11 @@ def run_evaluation(
     with processes(args.gpu_id, args.threads) as process, torch.no_grad():
         # Attacks compare losses that differ in the last digits: no TensorFloat-32 here.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        if args.save_adversarial and process.size > 1:
-            raise UserError("--save_adversarial works in one process, torchrun started several")
+        if (args.save_adversarial or args.report) and process.size > 1:
+            name = "save_adversarial" if args.save_adversarial else "report"
+            raise UserError(f"--{name} works in one process, torchrun started several")
+        if args.report:
+            check_page(args.report)
         path = args.model_path and str(checkpoints.find_checkpoint(args.model_path, BEST))
         checkpoint = checkpoints.load_checkpoint(path) if path else {}
         notes = apply_statement(args, checkpoint, table)
@@ -377,6 +389,8 @@ def run_evaluation(
             "torch": str(torch.__version__),
         }
         settings = Settings(*(getattr(args, name) for name in Settings._fields))
+        budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:4])
+        words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}
         options |= {"save_to": args.save_adversarial, "process": process}
         inputs = (network, data.images, data.labels, args.attack_method, settings)
@@ -385,22 +399,27 @@ def run_evaluation(
                 report = evaluate(*inputs, store=store, **options)
                 process.log(f"\n{results_table(report['attacks'])}")
                 if args.sanity and process.is_main:
-                    report["sanity"] = _masking(args, network, data, settings)
+                    report["sanity"] = _masking(args, network, data, budget)
                 about = {"model_path": path, "arch": getattr(network, "arch", args.arch)}
-                about |= {"test_set": available, "split": args.split}
-                store.finish({**store.report, **about, **identity, **report})
+                about |= {"test_set": available, "split": args.split, "command": shlex.join(words)}
+                report = {**store.report, **about, **identity, **report}
+                if args.report:
+                    write_page(args, network, data, budget, report, results_rows(report["attacks"]))
+                store.finish(report)
             except KeyboardInterrupt:
                 kept = f"; the same command continues from {store.path}" if args.output else ""
                 process.log(f"stopped{kept}")
                 return 130
         if args.output:
             process.log(f"results: {args.output}")
+        if args.report:
+            process.log(f"page: {args.report}")
         process.barrier()
         return 0
 
 
 def _masking(
-    args: argparse.Namespace, network: nn.Module, data: ImageSet, settings: Settings
+    args: argparse.Namespace, network: nn.Module, data: ImageSet, budget: Budget
 ) -> list[dict[str, Any]]:
     """The checks for gradient masking; prints their verdicts."""
     found, options = [], {"seed": args.seed, "batch": args.test_batch}
@@ -408,7 +427,6 @@ def _masking(
         path = checkpoints.find_checkpoint(args.transfer_from, BEST)
         other = checkpoints.load_checkpoint(path)
         options["transfer_from"] = build_network(args, path, other, data, data.images.device)
-    budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:4])
     print("\nIs it real? Signs of masked gradients:")
     checks = masking_checks(network, _floats(data.images), data.labels, budget, **options)
     for check in Bar(checks, total=7, desc="checks"):

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.attacks import ATTACKS
@@ -73,6 +74,8 @@ def evaluation_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("--test_batch", 200, BATCH, "batch size; the result does not depend on it")
     add("--output", None, PATH,
         "write the results to this JSON file; one of the same evaluation is continued")
+    add("--report", None, PATH, "write the results to this HTML page for people, with a curve over "
+        "the radius, images that broke and confusion matrices")
     add("--save_adversarial", None, PATH,
         "folder for each attack's images: ATTACK.npy and, of the first 64, ATTACK.png")
     add_device_flags(add)
@@ -93,9 +96,11 @@ def parse_evaluation(
     chosen = ATTACKS if "all" in args.attack_method else args.attack_method
     args.attack_method = list(dict.fromkeys(chosen))
     try:
-        for name in ("model_path", "data_dir", "output", "save_adversarial", "transfer_from"):
+        for name in "model_path data_dir output report save_adversarial transfer_from".split():
             if getattr(args, name) == "":
                 raise UserError(f"--{name} is empty, allowed is a file or folder name")
+        if args.report and args.output and Path(args.report) == Path(args.output):
+            raise UserError(f"--report and --output both name {args.report}: give two files")
         if args.model_path is None and args.network is None:
             raise UserError("--model_path is required (or --network, for a network of your own)")
         if args.arch and (args.model_path is None or args.network):
