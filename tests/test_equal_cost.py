@@ -75,14 +75,16 @@ def test_the_scripts_understand_the_flags(dataset):
     scripts, setting, _ = equal_cost.SETTINGS[dataset]
     defaults = {"MNIST": MNIST_defense, "cifar": cifar_defense}[scripts].DEFAULTS
     for name, method in equal_cost.METHODS.items():
+        method = method.replace("HALF", equal_cost.HALF[scripts])
         words = f"--dataset {dataset} {equal_cost.COMMON} {setting} {method}".split()
         for tried in equal_cost.TRIES[name]:
             parser = training_parser(defaults, "")
             args = settle_training(parser, defaults, parser.given([*words, *tried.split()]))
             assert args.defense == name and args.val_size is None
             assert args.epsilon == pytest.approx(8 / 255 if scripts == "cifar" else 0.3)
-            # AT, TRADES and LFR ascend with the same steps.
-            assert name in ("none", "igr") or args.search == "fast"
+            if name in ("at", "trades"):
+                assert (args.num_steps, args.step_size) == (4, pytest.approx(args.epsilon / 2))
+            assert name != "lfr" or args.search == "fast"
 
 
 def test_a_table_from_nothing(commands, table, tmp_path, capsys):
@@ -101,9 +103,8 @@ def test_a_table_from_nothing(commands, table, tmp_path, capsys):
             assert run["clean (%)"] == 90 and run["PGD 0.3, first 360 (%)"] == 40
             assert run["minutes"] == len(run["held_out_robust"]) / 2
     assert "--ema 0.9" in found["rows"]["wide"]["flags"]
-    assert "| at | `--defense at --search fast --lr 0.1` | 120 | 90.0 (90.0 to 90.0)" in (
-        capsys.readouterr().out
-    )
+    flags = "--defense at --num_steps 4 --step_size 0.15 --lr 0.1"
+    assert f"| at | `{flags}` | 120 | 90.0 (90.0 to 90.0)" in capsys.readouterr().out
     # The short trainings of the search have a seed of their own and a tenth of the length.
     seeds = {c[c.index("--manualSeed") + 1] for c in train}
     assert seeds == {"1", "2"} and equal_cost.SEARCH_SEED == 1
