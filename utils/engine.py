@@ -71,15 +71,15 @@ def train_one_epoch(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
                 terms = loss_of(x, y, noise, lambada(when))
-            values = _figures(terms, y, processes)
+            # The processes' gradients are averaged, but their shares of a batch may differ by one.
+            share = len(y) * processes.size / batches.global_size(progress.batch)
+            (terms.total * share).backward()
+            values = _figures(terms, y, processes)  # waits for a GPU: not before it has work
             if not math.isfinite(values["loss"]):
                 where = f"in step {progress.batch + 1} of epoch {progress.epoch + 1}"
                 parts = ", ".join(f"{name} {values[name]:g}" for name in ("natural", "penalty"))
                 advice = "try a lower --lr or --lambada, or a --warmup"
                 raise UserError(f"the loss is {values['loss']} {where} ({parts}); {advice}")
-            # The processes' gradients are averaged, but their shares of a batch may differ by one.
-            share = len(y) * processes.size / batches.global_size(progress.batch)
-            (terms.total * share).backward()
             optimizer.step()
             progress.batch += 1
             progress.step += 1
