@@ -74,7 +74,7 @@ def test_the_grid_shows_what_it_should(channels, side):
     labels = torch.arange(13) % 4
     grid = draw_grid(x, x_adv, labels, labels.flip(0), ("a very long name of a class", *"bcd"))
     zoom = max(1, round(84 / side))
-    height, width = zoom * side + 18 + 3, zoom * side + 3
+    height, width = zoom * side + 20 + 3, zoom * side + 3
     assert grid.dtype == torch.uint8
     assert tuple(grid.shape) == (3, 3 * height + 3, 5 * width + 3)  # five of the thirteen
 

@@ -27,10 +27,8 @@ _CHARTS = {
     "each step: total, natural, weighted flatness": ["Loss_iter/(Loss|Loss_normal|grad_part)$"],
 }
 LAYOUT = {"Charts": {title: ["Multiline", tags] for title, tags in _CHARTS.items()}}
-# What the HParams page compares runs by.
-COMPARED = "Acc_epoch/test_acc Robust/test_pgd Acc_epoch/held_out_acc Robust/held_out_pgd".split()
 # The grid is shown some 350 pixels wide: more than five images make captions illegible.
-_PICTURES, _SIDE, _CAPTION, _GAP = 5, 84, 18, 3  # all but the first in pixels
+_PICTURES, _SIDE, _CAPTION, _GAP = 5, 84, 20, 3  # all but the first in pixels
 # PIL's own font knows Latin letters only.
 _FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 
@@ -46,8 +44,8 @@ class Board(SummaryWriter):
         self.add_text("Run/command", text.encode("utf-8", "replace").decode())
         self.add_custom_scalars(LAYOUT)
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flags.items()}
-        for summary in hparams(plain, dict.fromkeys(COMPARED, 0.0))[:2]:  # the third is the end
-            self._get_file_writer().add_summary(summary)
+        # The second part alone: TensorBoard then puts flags first that differ between the runs.
+        self._get_file_writer().add_summary(hparams(plain, {})[1])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log values by tag. Epochs and steps both count over the whole run."""
@@ -59,10 +57,10 @@ class Board(SummaryWriter):
 def _font() -> ImageFont.FreeTypeFont:
     for name in _FONTS:
         try:
-            return ImageFont.truetype(name, 13)
+            return ImageFont.truetype(name, 15)
         except OSError:  # not on this system
             continue
-    return ImageFont.load_default(13)
+    return ImageFont.load_default(15)
 
 
 def draw_grid(
@@ -98,5 +96,5 @@ def draw_grid(
         )
         for row, (text, ink) in enumerate(captions, 1):
             place = _GAP + column * width, row * height - _CAPTION
-            draw.text(place, str(text)[: width // 7], fill=ink, font=_font())
+            draw.text(place, str(text)[: width // 8], fill=ink, font=_font())
     return pil_to_tensor(canvas)
