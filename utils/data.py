@@ -28,12 +28,12 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8 and self.labels.dtype == torch.int64
-        count, wrong = len(self.classes), {*self.labels.tolist()} - {*range(len(self.classes))}
-        if not len(self) or count < 2 or wrong:
-            line = "one class only, at least 2 are needed" if count < 2 else "no images"
-            line = (
-                f"label {min(wrong)} is out of range, there are {count} classes" if wrong else line
-            )
+        if not len(self):
+            raise UserError(f"dataset {self.name}: no images")
+        if self.num_classes < 2:
+            raise UserError(f"dataset {self.name}: one class only, at least 2 are needed")
+        if wrong := {*self.labels.unique().tolist()} - {*range(self.num_classes)}:
+            line = f"label {min(wrong)} is out of range, there are {self.num_classes} classes"
             raise UserError(f"dataset {self.name}: {line}")
 
     def __len__(self) -> int:

@@ -135,9 +135,9 @@ def _load_image_folder(name: str, folder: Path, train: bool, shown: bool) -> Ima
     if len(classes) != count or {*map(key, classes)} != {*label_of}:
         found = f"{len(classes)} classes ({', '.join(classes[:3])}, ...), not those of {name}"
         raise UserError(f"{base}: {found}; use --dataset folder for data of your own")
-    left_out = [path for path in _entries(part) if os.path.isfile(path)]
-    files: dict[Path, int] = {}
-    for place in (path for path in _entries(part) if path not in left_out):
+    entries, files = _entries(part), dict[Path, int]()
+    left_out = [path for path in entries if os.path.isfile(path)]
+    for place in (path for path in entries if not os.path.isfile(path)):
         if key(place.name) not in label_of:
             raise UserError(f"{place}: not one of the {len(classes)} classes in {base}")
         inside = _entries(place)

@@ -128,10 +128,7 @@ def evaluate(network: nn.Module, data: ImageSet, batch_size: int) -> dict[str, f
 
 
 def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_size: int) -> float:
-    """Robust accuracy (percent) under a short PGD from the images themselves, in eval mode.
-
-    Cheap and repeatable, for comparing epochs; the evaluation scripts have the real attacks.
-    """
+    """Robust accuracy (percent) under a short PGD from the images themselves, in eval mode."""
     attack = Defense("at", ball, 2.5 * ball.epsilon / num_steps, num_steps)  # reaches the edge
     robust = 0
     with mode(network, training=False):
