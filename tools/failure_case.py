@@ -63,7 +63,7 @@ shared_softplus; --bn_mode shared --activation softplus; shared, softplus
 mixed_fast; --bn_mode mixed --search fast; mixed, loss ascent
 shared_fast; --bn_mode shared --search fast; shared, loss ascent
 batch; --bn_mode batch; each on its own batch's statistics
-running; --bn_mode running; all on running statistics
+running; --bn_mode running --lr 0.02; all on running statistics, lr 0.02
 group; --bn_mode mixed --norm_layer group; GroupNorm
 none; --bn_mode mixed --norm_layer none --lr 0.02; no normalisation, lr 0.02
 mixed_20; --bn_mode mixed --depth 20; mixed, ResNet-20
