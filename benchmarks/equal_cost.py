@@ -14,6 +14,7 @@ One command makes a table; given again, it resumes. Its stages:
 * attack: of each network the epoch that the repository's rule chooses by held-out images.
 * table: mean and range over the seeds, and everything as JSON.
 
+On a GPU, and with ``--flags``, steps have times of their own and runs a folder of their own.
 ``--extra NAME "FLAGS"`` adds a variant of LFR: its flags come behind LFR's, the tries are the same.
 """
 
@@ -21,6 +22,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -85,12 +87,18 @@ class Table:
         self.methods |= {name: f"{METHODS['lfr']} {flags}" for name, flags in args.extra}
         self.data = ["--dataset", args.dataset, "--data_dir", str(args.data_dir.resolve())]
         self.data += ["--threads", str(args.threads)]
-        self.folder = args.runs_dir.resolve() / f"{args.dataset}_{args.minutes:g}"
+        # Whatever changes the time of a step has times and runs of its own.
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self.key = " ".join(filter(None, (args.dataset, args.flags, gpu)))
+        name = re.sub(r"[^\w.]+", "_", f"{self.key}_{args.minutes:g}")
+        self.folder = args.runs_dir.resolve() / name
         (self.folder / "search").mkdir(parents=True, exist_ok=True)
         self.train_set = load_dataset(args.dataset, args.data_dir, train=True)
         count = len(self.train_set)
         self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
         self.times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+        if self.key not in self.times and "time" not in args.stages:
+            raise UserError(f"{TIMES} has no times of '{self.key}': run --stages time first")
 
     def flags(self, name: str) -> list[str]:
         """All training flags of a method but its tries, its length and its seed."""
@@ -99,7 +107,7 @@ class Table:
 
     def length(self, name: str, share: float = 1.0) -> tuple[int, int]:
         """Epochs, and steps of each, that cost this share of the budget."""
-        times = self.times[self.args.dataset]
+        times = self.times[self.key]
         budget = round(60 * self.args.minutes / times["at_seconds"])  # AT steps
         steps = max(1, round(share * budget / times["relative"][name]))
         epochs = math.ceil(steps / self.epoch)
@@ -123,7 +131,7 @@ class Table:
 
     def time(self) -> None:
         """The costs of steps that the file does not have."""
-        entry = self.times.setdefault(self.args.dataset, {"relative": {}})
+        entry = self.times.setdefault(self.key, {"relative": {}})
         new = [name for name in self.methods if name not in entry["relative"]]
         if not new:
             return
@@ -235,7 +243,7 @@ class Table:
         print(markdown_table(cells, left=(0, 1)))
         keys = ("dataset", "minutes", "flags", "share")
         content = {key: getattr(self.args, key) for key in keys} | {"versions": versions()}
-        content |= {"step_times": self.times[self.args.dataset], "rows": rows}
+        content |= {"step_times": self.times[self.key], "rows": rows}
         output = self.args.output or self.folder / "table.json"
         write_atomic(output, (json.dumps(content, indent=1) + "\n").encode())
 

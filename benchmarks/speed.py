@@ -9,7 +9,8 @@ Rows: the paper's search, a training step with ``--search paper`` and ``fast``, 
 network, data type, layout and batch named. The sides take turns; a row tells the median of the
 paired ratios, so that a machine whose speed drifts slows all sides. The plain side is
 `reference.py` with the same search, data type and layout. ``--against`` adds another checkout, in a
-second process. On CUDA the clock is CUDA events. Rows that the output has are not measured again.
+second process. On CUDA the clock is CUDA events, and "busy" is the share of the time in which a
+kernel runs: the rest are gaps. Rows that the output has are not measured again.
 """
 
 import argparse
@@ -31,6 +32,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from models import build_model
 from utils.attacks import Budget
@@ -120,6 +124,33 @@ def plain(case: Case, autocast: Any, network: nn.Module, *batch: Tensor) -> Jobs
     both = partial(step, **paper), partial(step, **fast, second_order=False)
     attack = partial(reference.pgd_verdicts, network, *batch[:2], batch[0], **paper)
     return dict(zip(ROWS, map(autocast, (find, *both, attack))))
+
+
+class Operations(TorchDispatchMode):
+    """Counts multiplications and additions; FlopCounterMode fails on inner gradients."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def profile(job: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
+    """The 10^12 operations of one call, and the share of its time in which the card is busy."""
+    with Operations() as counter:
+        job()
+    found = {"TFLOP": counter.total / 1e12, "busy": math.nan}
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            job()
+            torch.cuda.synchronize()
+        spans = [e.time_range for e in seen.events() if e.device_type == DeviceType.CUDA]
+        whole = max(span.end for span in spans) - min(span.start for span in spans)
+        found["busy"] = sum(span.elapsed_us() for span in spans) / whole
+    return found
 
 
 def measure(job: Callable[[], Tensor], device: torch.device) -> tuple[float, ...]:
@@ -215,7 +246,9 @@ def compare(
             sides = {"plain": partial(measure, theirs[row], device)}
             sides["ours"] = partial(measure, ours[row], device)
             sides |= {"other": partial(run_other, row)} if args.against else {}
-            yield row, paired(sides, args.turns)
+            found = paired(sides, args.turns)
+            fits = not math.isnan(found["seconds"]["ours"])
+            yield row, found | (profile(ours[row], device) if fits else {})
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -223,10 +256,13 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     columns = [(key, side) for key in ("seconds", "GiB") for side in ("plain", "ours")]
     ratios = ["plain / ours", "other / ours"]
     keys = ("network", "batch", "layout", "type", "what")
-    rows = [[*keys, *map(", ".join, columns), "ours, images/s", *ratios]]
+    rates = "ours, images/s", "ours, TFLOP/s", "busy"
+    rows = [[*keys, *map(", ".join, columns), *rates, *ratios]]
     for key, row in found.items():
         cells = [f"{row[name][side]:.4g}" for name, side in columns]
-        cells.append(f"{int(key.split(' | ')[1]) / row['seconds']['ours']:.4g}")
+        done = int(key.split(" | ")[1]), row.get("TFLOP", math.nan)
+        cells += [f"{count / row['seconds']['ours']:.4g}" for count in done]
+        cells.append(f"{row.get('busy', math.nan):.0%}")
         cells += ["{:.2f}x ({:.2f} to {:.2f})".format(*row.get(k, [math.nan] * 3)) for k in ratios]
         rows.append([*key.split(" | "), *cells])
     return markdown_table(rows, left=range(4))

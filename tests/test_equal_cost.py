@@ -114,6 +114,17 @@ def test_a_table_from_nothing(commands, table, tmp_path, capsys):
     assert {c[c.index("--lr") + 1] for c in commands} == {"0.2"}
 
 
+def test_other_flags_have_times_and_runs_of_their_own(commands, table, tmp_path, capsys):
+    words = ["--flags=--amp", "--only", "at", "--seeds", 1]
+    with pytest.raises(UserError, match="no times of 'digits --amp'"):
+        table(*words, "--stages", "search")
+    times = TIMES | {"digits --amp": {"at_seconds": 0.25, "relative": RELATIVE}}
+    (tmp_path / "step_times.json").write_text(json.dumps(times))
+    assert table(*words) == 0
+    assert "| 240 | 90.0 |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits_amp_1"}
+
+
 def test_an_interrupted_search_is_not_a_choice(commands, table, monkeypatch, tmp_path, capsys):
     def fail(command: list[str], output: Path) -> None:
         output.write_text("killed")

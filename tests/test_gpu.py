@@ -1,21 +1,27 @@
-"""A CUDA GPU computes what the CPU computes: make gpu, or pytest -m gpu."""
+"""A CUDA GPU computes what the CPU computes: make gpu, or pytest -m gpu.
+
+A rehearsal without one, in minutes: LFR_GPU=cpu pytest -m gpu -k "not preact"
+"""
 
 import copy
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from models import build_model
 from utils.attacks import Budget, pgd
+from utils.attacks.library import run_library
 from utils.checkpoints import load_checkpoint
 from utils.lfr import Ball, flatness, initial_point, inner_maximization, lfr_loss
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here"),
-]
-DEVICES = "cpu", "cuda"
+CUDA = torch.cuda.is_available()
+GPU = os.environ.get("LFR_GPU", "cuda")
+needs_cuda = pytest.mark.skipif(not CUDA, reason="there is no CUDA here")
+pytestmark = [pytest.mark.gpu] + [needs_cuda] * (GPU == "cuda")
+DEVICES = "cpu", GPU
 NETWORKS = {"small_cnn": 1, "resnet": 3, "preact_resnet": 3}  # and their channels
 SEARCHES = {
     "paper": {"search": "paper", "step_size": 0.05, "num_steps": 3},
@@ -64,10 +70,10 @@ def test_a_step_and_twenty(case, search):
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_bfloat16_finds_points_as_steep(case, search):
-    network, x, y, start = on("cuda", case, torch.float32)
+    network, x, y, start = on(GPU, case, torch.float32)
     means = []
     for enabled in (True, False):
-        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+        with torch.autocast(GPU, torch.bfloat16, enabled=enabled):
             x_adv = inner_maximization(network.eval(), x, y, BALL, start=start, **SEARCHES[search])
         means.append(flatness(network, x_adv, y, BALL).mean().item())
     assert means[0] > 0.9 * means[1] > 0
@@ -84,32 +90,66 @@ def test_verdicts_of_pgd(case):
     torch.testing.assert_close(cuda.loss.cpu(), cpu.loss, rtol=1e-6, atol=1e-8)
 
 
+def test_verdicts_of_autoattack(digits_train, digits_test):
+    pytest.importorskip("pyautoattack")
+    network = build_model("small_cnn")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for rows in torch.arange(len(digits_train)).split(50):
+        x, y = digits_train.float_images(rows), digits_train.labels[rows]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    x, y, robust = digits_test.float_images(slice(16)), digits_test.labels[:16], []
+    ball = Ball("l_inf", 0.05)
+    for device in DEVICES:  # each draws its own random numbers
+        there = copy.deepcopy(network).to(device), x.to(device), y.to(device)
+        robust.append(run_library(*there, "AutoAttack", ball, queries=50).robust.cpu())
+    assert (robust[0] != robust[1]).sum() <= 1 and 0 < robust[0].sum() < 16
+
+
 TRAINING = "--dataset digits --search fast --probe_size 0 --max_steps 5 --resume auto"
 
 
 @pytest.fixture
-def train(run_script, tmp_path):
-    def run(name: str, epochs: int, gpu: int = 0):
-        words = [*TRAINING.split(), "--epochs", epochs, "--gpu_id", gpu]
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+def train(root, tmp_path):
+    def run(name: str, epochs: int, gpus: str = "0") -> subprocess.CompletedProcess[str]:
+        words = [*TRAINING.split(), "--epochs", epochs, "--gpu_id", gpus]
         words += ["--lr_schedule", "constant", "--checkpoint", tmp_path / name]
-        return run_script("MNIST_defense.py", *words, CUDA_VISIBLE_DEVICES=devices)
+        python, count = [sys.executable], len(gpus.split(","))
+        if count > 1:
+            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [*python, root / "MNIST_defense.py", *words]
+        # Processes of one machine talk over its loopback interface, with or without a network.
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        words = [*map(str, command)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True)
 
     return run
+
+
+def same_weights(*folders):
+    one, two = (load_checkpoint(each / "checkpoint.pth.tar")["state_dict"] for each in folders)
+    for name, weight in one.items():  # cuDNN may sum in another order each time
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_resumed_run_is_the_same(train, tmp_path):
     for name, epochs in (("straight", 2), ("resumed", 1), ("resumed", 2)):
         done = train(name, epochs)
-        assert done.returncode == 0 and "device: cuda:0" in done.stdout, done.stderr
-    one, two = (
-        load_checkpoint(tmp_path / name / "checkpoint.pth.tar")["state_dict"]
-        for name in ("straight", "resumed")
-    )
-    for name, weight in one.items():  # cuDNN may sum in another order each time
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+        assert done.returncode == 0 and f"device: {GPU}" in done.stdout, done.stderr
+    same_weights(tmp_path / "straight", tmp_path / "resumed")
 
 
+@pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_two_gpus_are_as_one(train, tmp_path):
+    for name, gpus in (("one", "0"), ("two", "0,1")):
+        done = train(name, 1, gpus)
+        assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@needs_cuda
 def test_a_gpu_that_is_not_there(train):
-    done = train("bad", 1, gpu=99)
+    done = train("bad", 1, "99")
     assert done.returncode == 2 and "--gpu_id 99: there is no GPU 99" in done.stderr
