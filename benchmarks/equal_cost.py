@@ -143,17 +143,22 @@ class Table:
             for _ in Bar(range(self.args.turns + 2), desc="timing")
         ][2:]  # the first turns warm up
         for name in new:
-            ratios = [turn[name] / turn["at"] for turn in seconds]
-            entry["relative"][name] = round(statistics.median(ratios), 4)
+            ratio = statistics.median(turn[name] / turn["at"] for turn in seconds)
+            at_start = self.settled(name).at_start  # whose steps are AT's
+            entry["relative"][name] = round(at_start + (1 - at_start) * ratio, 4)
         entry.setdefault("at_seconds", round(statistics.median(turn["at"] for turn in seconds), 4))
         entry.setdefault("measured_on", versions())
         write_atomic(TIMES, (json.dumps(self.times, indent=1) + "\n").encode())
 
-    def step(self, name: str) -> Callable[[], None]:
-        """One training step of a method, as a function."""
+    def settled(self, name: str) -> argparse.Namespace:
+        """The flags of a method as a script understands them."""
         table = {"MNIST": MNIST_defense, "cifar": cifar_defense}[self.scripts].DEFAULTS
         parser = training_parser(table, "")
-        flags = settle_training(parser, table, parser.given([*self.data, *self.flags(name)]))
+        return settle_training(parser, table, parser.given([*self.data, *self.flags(name)]))
+
+    def step(self, name: str) -> Callable[[], None]:
+        """One training step of a method, as a function."""
+        flags = self.settled(name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         x = self.train_set.float_images(slice(BATCH)).to(device)
         x, y = x.contiguous(memory_format=torch.channels_last), self.train_set.labels[:BATCH]

@@ -198,6 +198,7 @@ CHOICES = [
     "--val_size 0 --probe_size 0 --image_interval 0 --ckpt_interval 0",
     "--amp" + RESNET,
     "--save_minutes 0.00001",
+    "--at_start 0.5 --epochs 2",
     "--num_steps 0",
     "--lambada 0",
     "--epsilon 0",
@@ -256,7 +257,7 @@ def test_svhn_builds_the_wrn_16_8():
 # -- stop, resume, evaluate -----------------------------------------------------------------------
 
 RESUMABLE = {
-    "small_cnn": "--drop 0.3",
+    "small_cnn": "--drop 0.3 --at_start 0.5",
     "resnet": RESNET + " --augment --ema 0.9 --optimizer_type Adam --lr 0.002 --warmup 1.5",
     "wrn": "--arch wrn --depth 10 --widen_factor 1 --drop 0.2 --lr_schedule onecycle --amp",
 }
@@ -500,6 +501,19 @@ def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):
     assert_same(found[0], found[1])
     weight = "classifier.fc1.weight"
     assert not torch.equal(found[0]["state_dict"][weight], found[2]["state_dict"][weight])
+
+
+def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
+    """Epochs of `at`, then of the defense, whose networks alone can be the best."""
+    flags = f"{SHORT} --lr_schedule constant --lr 0.1 --lambada 50 --probe_epsilon 0 --epochs 3"
+    for name, more in (("at", "--defense at"), ("both", "--at_start 0.5")):
+        assert command(f"{flags} {more}", data=grey_folder, save=tmp_path / name)[0] == 0
+    at, both = (next((tmp_path / name).rglob("log.txt")) for name in ("at", "both"))
+    logs = [read_log(path) for path in (at, both)]
+    for column in ("Train Loss", "Held-out Acc.", "loss gradient"):
+        assert logs[0][column][:2] == logs[1][column][:2]
+    assert logs[1]["loss gradient"][:2] == [0, 0] and logs[1]["loss gradient"][2] > 0
+    assert load_checkpoint(both.parent / "model_best.pth.tar")["epoch"] == 3
 
 
 def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):

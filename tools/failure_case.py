@@ -68,11 +68,9 @@ group; --bn_mode mixed --norm_layer group; GroupNorm
 none; --bn_mode mixed --norm_layer none --lr 0.02; no normalisation, lr 0.02
 mixed_20; --bn_mode mixed --depth 20; mixed, ResNet-20
 shared_20; --bn_mode shared --depth 20; shared, ResNet-20
-shared_long; --bn_mode shared --lr_schedule step --gamma 0.1; the default five times as long, \
-with a decay of the learning rate
 """
 VARIANTS = {name: rest for name, *rest in (s.split("; ") for s in _VARIANTS.strip().split("\n"))}
-TIMES = {"mixed": 2, "mixed_20": 2, "shared_20": 2, "shared_long": 5}  # the usual epochs
+TIMES = {"mixed": 2, "mixed_20": 2, "shared_20": 2}  # the usual epochs
 
 
 def small_images(data_dir: Path, place: Path) -> Path:
@@ -95,7 +93,6 @@ def command(name: str, seed: int, args: argparse.Namespace) -> list[str]:
     """The command of one run; given again, it resumes the run."""
     epochs = TIMES.get(name, 1) * args.epochs
     words = f"{COMMON} {VARIANTS[name][0]} --epochs {epochs} --manualSeed {seed}".split()
-    words += ["--schedule", str(max(1, epochs * 5 // 6))] if "step" in words else []
     words += ["--data_dir", str(args.data_dir), "--threads", str(args.threads)]
     return [*words, "--checkpoint", str(args.runs_dir / f"{name}_{seed}"), "--resume", "auto"]
 

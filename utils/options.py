@@ -261,6 +261,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         "in small steps; fast: ascent of the loss, the same flatness in fewer passes")
     add("--lambada --lambda", get("lambada"), WEIGHT, "weight of the flatness in the loss")
     add("--warmup", 0.0, number("EPOCHS"), "epochs over which lambada rises linearly from 0")
+    add("--at_start", 0.0, SHARE, "first share of the epochs (rounded up) that trains by at")
     add("--beta", 6.0, WEIGHT, "weight of the robust term of trades")
     add("--bn_mode", "shared", one_of(*BN_MODES),
         "statistics of BatchNorm; mixed is the original's, see docs/failure_case.md")

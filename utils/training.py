@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,7 @@ class _Training:
         )  # fmt: skip
         names = ("step_size", "num_steps", "search", "bn_mode", "beta")
         defense = Defense(args.defense, self.ball, **{name: getattr(args, name) for name in names})
-        loss_of: nn.Module = DefenseLoss(self.network, defense)
+        objective = loss_of = DefenseLoss(self.network, defense)
         if run.size > 1:
             devices = [run.device] if run.device.type == "cuda" else None
             loss_of = DistributedDataParallel(loss_of, device_ids=devices)
@@ -322,6 +322,10 @@ class _Training:
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
             start = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
+            starting = args.at_start * args.epochs - progress.epoch  # epochs left
+            objective.defense = replace(defense, name="at") if starting > 0 else defense
+            if starting > -1:  # no network of the start is the best of the defense
+                progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
                 loss_of, batches, self.optimizer, progress, run, rate=rate, lambada=lambada,
