@@ -20,11 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors are fastest on one thread, and results do not depend on the machine's cores."""
+    """Small tensors are fastest on one thread, and results do not depend on the machine's cores.
+
+    Afterwards the process computes as before: what runs in it may have set either.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,6 @@ def test_two_processes_equal_one(torchrun, tmp_path, capsys):
 
     words = [*FLAGS.split(), "--save_dir", str(tmp_path / "one")]
     assert train(MNIST_defense.DEFAULTS, "", words) == 0
-    torch.set_flush_denormal(False)
     name = "digits/lr_0.05_lambada_0.05_rs_1000"
     two, one = (tmp_path / count / name for count in ("two", "one"))
     checkpoints = [load_checkpoint(folder / "checkpoint.pth.tar") for folder in (two, one)]
@@ -72,7 +71,6 @@ def test_two_processes_go_on_from_one_s_checkpoint(torchrun, tmp_path, capsys):
     flags = f"{FLAGS} --arch resnet --depth 8 --max_steps 1 --probe_size 0 --ema 0.9".split()
     flags += ["--checkpoint", str(tmp_path / "run")]
     assert train(MNIST_defense.DEFAULTS, "", flags) == 0
-    torch.set_flush_denormal(False)
     done = torchrun(*flags, "--resume", tmp_path / "run", "--epochs", 2)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout and "2/2" in done.stdout

@@ -99,7 +99,6 @@ def command(monkeypatch, capfd):
         return caught.value.code or 0, out, err
 
     yield run
-    torch.set_flush_denormal(False)
 
 
 SHORT = (
