@@ -1,5 +1,6 @@
 """benchmarks/equal_cost.py: equal cost, the choice by held-out images, stages that resume."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_the_cost_of_a_step_is_measured_once(table, commands, tmp_path):
     assert times["digits"]["at_seconds"] > 0
     written = path.stat().st_mtime_ns
     assert table(*words) == 0 and path.stat().st_mtime_ns == written
+
+
+def test_a_start_by_at_costs_what_at_costs(table, commands, tmp_path, monkeypatch):
+    seconds = itertools.cycle([1.0, 3.0])  # of a step by at, and of one by the variant's defense
+    monkeypatch.setattr(equal_cost, "timeit", lambda step, number: next(seconds))
+    words = ["--only", "at", "--extra", "mix", "--at_start 0.25", "--stages", "time", "--turns", 1]
+    (tmp_path / "step_times.json").unlink()
+    assert table(*words) == 0
+    found = json.loads((tmp_path / "step_times.json").read_text())["digits"]["relative"]
+    assert found == {"at": 1.0, "mix": 0.25 + 0.75 * 3}
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "nan"], ["--jobs", "0"]])
