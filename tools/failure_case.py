@@ -70,7 +70,7 @@ mixed_20; --bn_mode mixed --depth 20; mixed, ResNet-20
 shared_20; --bn_mode shared --depth 20; shared, ResNet-20
 """
 VARIANTS = {name: rest for name, *rest in (s.split("; ") for s in _VARIANTS.strip().split("\n"))}
-TIMES = {"mixed": 2, "mixed_20": 2, "shared_20": 2}  # the usual epochs
+TIMES = {"mixed": 2, "shared": 2, "mixed_20": 2, "shared_20": 2}  # the usual epochs
 
 
 def small_images(data_dir: Path, place: Path) -> Path:
