@@ -102,14 +102,26 @@ def tiny_resnet() -> torch.nn.Module:
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run_script("MNIST_eval.py", "--help", timeout=60)``: a script as a user starts it.
 
-    One thread, no CUDA, the repository as working directory unless ``cwd`` says otherwise.
+    One thread, no CUDA, the repository as working directory unless ``cwd`` says otherwise. Several
+    ``processes`` are started by torchrun.
     """
 
     def run(
-        name: str, *args: object, timeout: float = 120, cwd: Path = ROOT, **environment: str
+        name: str,
+        *args: object,
+        timeout: float = 120,
+        cwd: Path = ROOT,
+        processes: int = 1,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc_per_node={processes}"]
+            # Processes of one machine talk over its loopback interface, with or without a network.
+            environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **environment}
         return subprocess.run(
-            [sys.executable, str(ROOT / name), *map(str, args)],
+            [*launcher, str(ROOT / name), *map(str, args)],
             cwd=cwd,
             env={
                 **os.environ,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -23,24 +21,11 @@ FLAGS = (
 
 
 @pytest.fixture
-def torchrun(root):
+def torchrun(run_script):
     if not torch.distributed.is_available():
         pytest.skip("PyTorch without torch.distributed")
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc_per_node=2", str(root / "MNIST_defense.py")]
-        # Processes of one machine talk over its loopback interface, with or without a network.
-        extra = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        return subprocess.run(
-            [*launcher, *map(str, arguments)],
-            env={**os.environ, **extra},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    return run
+    return partial(run_script, "MNIST_defense.py", processes=2, timeout=600)
 
 
 def test_two_processes_equal_one(torchrun, tmp_path, capsys):

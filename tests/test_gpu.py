@@ -5,8 +5,6 @@ A rehearsal without one, in minutes: LFR_GPU=cpu pytest -m gpu -k "not preact"
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -111,18 +109,14 @@ TRAINING = "--dataset digits --search fast --probe_size 0 --max_steps 5 --resume
 
 
 @pytest.fixture
-def train(root, tmp_path):
-    def run(name: str, epochs: int, gpus: str = "0") -> subprocess.CompletedProcess[str]:
+def train(run_script, tmp_path):
+    def run(name: str, epochs: int, gpus: str = "0"):
         words = [*TRAINING.split(), "--epochs", epochs, "--gpu_id", gpus]
         words += ["--lr_schedule", "constant", "--checkpoint", tmp_path / name]
-        python, count = [sys.executable], len(gpus.split(","))
-        if count > 1:
-            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [*python, root / "MNIST_defense.py", *words]
-        # Processes of one machine talk over its loopback interface, with or without a network.
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        words = [*map(str, command)]
-        return subprocess.run(words, env=environment, capture_output=True, text=True)
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", visible)
+        options = {"processes": len(gpus.split(",")), "CUDA_VISIBLE_DEVICES": devices}
+        return run_script("MNIST_defense.py", *words, timeout=600, **options)
 
     return run
 

@@ -98,7 +98,7 @@ def command(monkeypatch, capfd):
         assert now == handlers
         return caught.value.code or 0, out, err
 
-    yield run
+    return run
 
 
 SHORT = (
