@@ -67,7 +67,7 @@ METHODS["lfr"] = "--defense lfr --search fast"
 # Six tries for each method.
 _RATES = [f"--lr {rate:g}" for rate in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)]
 _BETAS = [f"--lr {rate:g} --beta {beta}" for rate in (0.03, 0.1, 0.2) for beta in (1, 6)]
-_LAMBDAS = [f"--lr {rate:g} --lambada {w:g}" for rate in (0.05, 0.1, 0.2) for w in (0.02, 0.1)]
+_LAMBDAS = [f"--lr {rate:g} --lambada {w:g}" for rate in (0.02, 0.05, 0.1) for w in (0.02, 0.1)]
 TRIES = {"none": _RATES, "at": _RATES, "trades": _BETAS, "igr": _LAMBDAS, "lfr": _LAMBDAS}
 
 
@@ -92,7 +92,8 @@ class Table:
         self.key = " ".join(filter(None, (args.dataset, args.flags, gpu)))
         name = re.sub(r"[^\w.]+", "_", f"{self.key}_{args.minutes:g}")
         self.folder = args.runs_dir.resolve() / name
-        (self.folder / "search").mkdir(parents=True, exist_ok=True)
+        self.tries = self.folder / f"search_{args.share:g}"
+        self.tries.mkdir(parents=True, exist_ok=True)
         self.train_set = load_dataset(args.dataset, args.data_dir, train=True)
         count = len(self.train_set)
         self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
@@ -104,6 +105,11 @@ class Table:
         """All training flags of a method but its tries, its length and its seed."""
         method = self.methods.get(name, self.known["at"])  # which is timed in any case
         return f"{COMMON} {self.setting} {method} {self.args.flags}".split()
+
+    def title(self, name: str, choice: str, seed: int) -> str:
+        """The folder of a training, after what is trained: other flags never meet its files."""
+        extra = dict(self.args.extra).get(name, "")
+        return re.sub(r"[^\w.]+", "_", f"{name} {extra} {choice} {seed}")
 
     def length(self, name: str, share: float = 1.0) -> tuple[int, int]:
         """Epochs, and steps of each, that cost this share of the budget."""
@@ -122,7 +128,7 @@ class Table:
         words = [f"{self.scripts}_defense.py", *self.data, *self.flags(name), *choice.split()]
         words += f"--epochs {epochs} --max_steps {steps} --manualSeed {seed}".split()
         words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(folder)]
-        output = folder.with_suffix(".out")
+        output = folder.with_name(f"{folder.name}.out")
         try:
             run([*words, "--resume", "auto"], output)
         except UserError:  # a short training may diverge: it is not chosen then
@@ -184,9 +190,10 @@ class Table:
     def search(self) -> None:
         """Choose each method's flags; choices.json keeps them with all scores."""
         items = [
-            (name, flags, SEARCH_SEED, self.args.share, self.folder / "search" / f"{name}_{number}")
+            (*run, self.args.share, self.tries / self.title(*run))
             for name in self.methods
-            for number, flags in enumerate(TRIES.get(name, _LAMBDAS))
+            for flags in TRIES.get(name, _LAMBDAS)
+            for run in [(name, flags, SEARCH_SEED)]
         ]
         run_each(self.train_one, items, self.args.jobs)
         scores: dict[str, dict[str, list[float]]] = {name: {} for name in self.methods}
@@ -203,7 +210,8 @@ class Table:
         """The arguments of :meth:`train_one` for the networks of the table."""
         chosen = json.loads((self.folder / "choices.json").read_text())["chosen"]
         pairs = itertools.product(self.args.seeds, self.methods)
-        return [(name, chosen[name], s, 1.0, self.folder / f"{name}_{s}") for s, name in pairs]
+        each = ((name, chosen[name], seed) for seed, name in pairs)
+        return [(*run, 1.0, self.folder / self.title(*run)) for run in each]
 
     def train(self) -> None:
         """The networks of the table."""

@@ -161,9 +161,14 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
     return found
 
 
+def at_epochs(args: argparse.Namespace) -> int:
+    """How many epochs ``--at_start`` trains by adversarial training; rounded: 0.1 of 30 are 3."""
+    return math.ceil(round(args.at_start * args.epochs, 6))
+
+
 def schedules(args: argparse.Namespace) -> tuple[Callable[[float], float], ...]:
     """Learning rate and lambada as functions of the time in epochs: no state to resume."""
-    total = args.epochs
+    total, start = args.epochs, at_epochs(args)
 
     def onecycle(when: float) -> float:
         rising, falling = when / (0.3 * total), (total - when) / (0.7 * total)
@@ -177,6 +182,6 @@ def schedules(args: argparse.Namespace) -> tuple[Callable[[float], float], ...]:
     }[args.lr_schedule]
 
     def lambada(when: float) -> float:
-        return args.lambada * (min(1.0, when / args.warmup) if args.warmup else 1.0)
+        return args.lambada * (min(1.0, max(0.0, when - start) / args.warmup) if args.warmup else 1.0)
 
     return lambda when: args.lr * share(when), lambada

@@ -322,9 +322,9 @@ class _Training:
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
             start = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
-            starting = args.at_start * args.epochs - progress.epoch  # epochs left
+            starting = engine.at_epochs(args) - progress.epoch  # epochs left
             objective.defense = replace(defense, name="at") if starting > 0 else defense
-            if starting > -1:  # no network of the start is the best of the defense
+            if starting >= 0:  # no network of the start is the best of the defense
                 progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
