@@ -324,7 +324,14 @@ def test_the_score_without_a_probe_or_held_out_images():
 
 
 def schedule(name: str, **options):
-    flags = {"epochs": 100, "lr": 0.1, "gamma": 0.1, "schedule": [50, 75], "warmup": 0.0}
+    flags = {
+        "epochs": 100,
+        "lr": 0.1,
+        "gamma": 0.1,
+        "schedule": [50, 75],
+        "warmup": 0,
+        "at_start": 0,
+    }
     return schedules(SimpleNamespace(lr_schedule=name, **{**flags, **options}))[0]
 
 
@@ -353,8 +360,11 @@ def test_learning_rates_stay_between_zero_and_the_peak(name, epochs):
 
 
 def test_lambada_s_warm_up():
-    flags = {"lr": 0.1, "lr_schedule": "constant", "epochs": 9, "lambada": 0.4}
-    weight = schedules(SimpleNamespace(warmup=2.0, **flags))[1]
-    found = [weight(when) for when in (0, 0.5, 1, 2, 50)]
-    assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
-    assert schedules(SimpleNamespace(warmup=0.0, **flags))[1](0) == 0.4
+    flags = {"lr": 0.1, "lr_schedule": "constant", "epochs": 30, "lambada": 0.4}
+    for at_start, epochs in ((0.0, 0), (0.1, 3), (0.11, 4)):
+        _, weight, start = schedules(SimpleNamespace(warmup=2.0, at_start=at_start, **flags))
+        assert start == epochs  # of adversarial training, after which lambada rises
+        found = [weight(start + when) for when in (0, 0.5, 1, 2, 20)]
+        assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    assert weight(1.0) == 0
+    assert schedules(SimpleNamespace(warmup=0.0, at_start=0.0, **flags))[1](0) == 0.4

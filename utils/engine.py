@@ -21,6 +21,7 @@ from utils.runtime import Processes
 
 LR_SCHEDULES = ("step", "cosine", "onecycle", "constant")
 BN_GAP = ("accuracy_eval", "accuracy_batch", "flatness_eval", "flatness_batch")
+Course = Callable[[float], float]  # of the learning rate or lambada: by the time in epochs
 
 
 @dataclass
@@ -42,14 +43,13 @@ class Interrupted(Exception):
 def train_one_epoch(
     loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms], batches: Batches,
     optimizer: torch.optim.Optimizer, progress: Progress, processes: Processes, *,
-    rate: Callable[[float], float], lambada: Callable[[float], float], max_batches: int,
-    amp: bool = False, after_step: Callable[[dict[str, float]], None] = lambda values: None,
+    rate: Course, lambada: Course, max_batches: int, amp: bool = False,
+    after_step: Callable[[dict[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:  # fmt: skip
     """Train from ``progress.batch``, which is counted on, to the end of an epoch.
 
     Args:
         loss_of: (images, labels, noise, lambada) -> the terms of the loss.
-        rate, lambada: learning rate and lambada as functions of the time in epochs.
         amp: compute the loss under bfloat16 autocast.
         after_step: called after each step with its figures; the place for logs and checkpoints.
 
@@ -92,18 +92,17 @@ def train_one_epoch(
             after_step(values)
     samples = progress.sums.pop("samples")
     means = {name: total / samples for name, total in progress.sums.items()}
-    seconds, progress.epoch = progress.seconds, progress.epoch + 1
+    means["seconds"], progress.epoch = progress.seconds, progress.epoch + 1
     progress.batch, progress.seconds, progress.sums = 0, 0.0, {}
-    return {**means, "seconds": seconds}
+    return means
 
 
 def _noise(batches: Batches, batch: int, x: Tensor) -> Tensor:
     """Standard normal numbers for this process's share, cut from those of the global batch."""
     size = batches.global_size(batch)
     first = batches.rank * size // batches.world_size
-    generator = batches.generator(batch, "noise")
-    noise = torch.randn(size, *x.shape[1:], generator=generator)[first : first + len(x)]
-    return noise.to(x.device).contiguous(memory_format=torch.channels_last)
+    noise = torch.randn(size, *x.shape[1:], generator=batches.generator(batch, "noise"))
+    return noise[first : first + len(x)].to(x.device).contiguous(memory_format=torch.channels_last)
 
 
 def _figures(terms: LossTerms, y: Tensor, processes: Processes) -> dict[str, float]:
@@ -161,14 +160,9 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
     return found
 
 
-def at_epochs(args: argparse.Namespace) -> int:
-    """How many epochs ``--at_start`` trains by adversarial training; rounded: 0.1 of 30 are 3."""
-    return math.ceil(round(args.at_start * args.epochs, 6))
-
-
-def schedules(args: argparse.Namespace) -> tuple[Callable[[float], float], ...]:
-    """Learning rate and lambada as functions of the time in epochs: no state to resume."""
-    total, start = args.epochs, at_epochs(args)
+def schedules(args: argparse.Namespace) -> tuple[Course, Course, int]:
+    """Learning rate and lambada by the time in epochs, and the number of epochs trained by at."""
+    total, start = args.epochs, math.ceil(round(args.at_start * args.epochs, 6))  # 0.1 of 30: 3
 
     def onecycle(when: float) -> float:
         rising, falling = when / (0.3 * total), (total - when) / (0.7 * total)
@@ -182,6 +176,7 @@ def schedules(args: argparse.Namespace) -> tuple[Callable[[float], float], ...]:
     }[args.lr_schedule]
 
     def lambada(when: float) -> float:
-        return args.lambada * (min(1.0, max(0.0, when - start) / args.warmup) if args.warmup else 1.0)
+        risen = (when - start) / args.warmup if args.warmup else 1.0
+        return args.lambada * min(1.0, max(0.0, risen))
 
-    return lambda when: args.lr * share(when), lambada
+    return lambda when: args.lr * share(when), lambada, start

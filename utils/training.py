@@ -318,13 +318,13 @@ class _Training:
             if asked:
                 raise Interrupted
 
-        rate, lambada = engine.schedules(args)
+        rate, lambada, at_epochs = engine.schedules(args)
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
             start = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
-            starting = engine.at_epochs(args) - progress.epoch  # epochs left
-            objective.defense = replace(defense, name="at") if starting > 0 else defense
-            if starting >= 0:  # no network of the start is the best of the defense
+            by = "at" if progress.epoch < at_epochs else args.defense
+            objective.defense = replace(defense, name=by)
+            if progress.epoch <= at_epochs:  # no network of the start is the best of the defense
                 progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
