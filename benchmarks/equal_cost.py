@@ -66,7 +66,7 @@ METHODS |= {name: f"--defense {name} --num_steps 4 --step_size HALF" for name in
 METHODS["lfr"] = "--defense lfr --search fast"
 # Six tries for each method.
 _RATES = [f"--lr {rate:g}" for rate in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)]
-_BETAS = [f"--lr {rate:g} --beta {beta}" for rate in (0.03, 0.1, 0.2) for beta in (1, 6)]
+_BETAS = [f"--lr {rate:g} --beta {beta}" for rate in (0.1, 0.2, 0.4) for beta in (1, 6)]
 _LAMBDAS = [f"--lr {rate:g} --lambada {w:g}" for rate in (0.02, 0.05, 0.1) for w in (0.02, 0.1)]
 TRIES = {"none": _RATES, "at": _RATES, "trades": _BETAS, "igr": _LAMBDAS, "lfr": _LAMBDAS}
 
