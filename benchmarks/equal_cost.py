@@ -27,6 +27,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from timeit import timeit
+from typing import NamedTuple
 
 import torch
 
@@ -71,9 +72,13 @@ _LAMBDAS = [f"--lr {rate:g} --lambada {w:g}" for rate in (0.02, 0.05, 0.1) for w
 TRIES = {"none": _RATES, "at": _RATES, "trades": _BETAS, "igr": _LAMBDAS, "lfr": _LAMBDAS}
 
 
-def report_of(folder: Path, attack: str, epsilon: str) -> Path:
-    """Where a network's evaluation goes."""
-    return folder.with_name(f"{folder.name}_{attack}_{epsilon.replace('/', '_')}.json")
+class Run(NamedTuple):
+    """A training: its method, the flags that the search tries, and its share of the budget."""
+
+    name: str
+    choice: str
+    seed: int
+    share: float = 1.0
 
 
 class Table:
@@ -92,8 +97,7 @@ class Table:
         self.key = " ".join(filter(None, (args.dataset, args.flags, gpu)))
         name = re.sub(r"[^\w.]+", "_", f"{self.key}_{args.minutes:g}")
         self.folder = args.runs_dir.resolve() / name
-        self.tries = self.folder / f"search_{args.share:g}"
-        self.tries.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.train_set = load_dataset(args.dataset, args.data_dir, train=True)
         count = len(self.train_set)
         self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
@@ -106,33 +110,40 @@ class Table:
         method = self.methods.get(name, self.known["at"])  # which is timed in any case
         return f"{COMMON} {self.setting} {method} {self.args.flags}".split()
 
-    def title(self, name: str, choice: str, seed: int) -> str:
-        """The folder of a training, after what is trained: other flags never meet its files."""
-        extra = dict(self.args.extra).get(name, "")
-        return re.sub(r"[^\w.]+", "_", f"{name} {extra} {choice} {seed}")
-
-    def length(self, name: str, share: float = 1.0) -> tuple[int, int]:
-        """Epochs, and steps of each, that cost this share of the budget."""
+    def length(self, each: Run) -> tuple[int, int]:
+        """Epochs, and steps of each, that cost its share of the budget."""
         times = self.times[self.key]
         budget = round(60 * self.args.minutes / times["at_seconds"])  # AT steps
-        steps = max(1, round(share * budget / times["relative"][name]))
+        steps = max(1, round(each.share * budget / times["relative"][each.name]))
         epochs = math.ceil(steps / self.epoch)
         return epochs, max(1, round(steps / epochs))
 
-    def train_one(self, name: str, choice: str, seed: int, share: float, folder: Path) -> None:
+    def path(self, each: Run) -> Path:
+        """The folder of a training, after all that defines it: no other one meets its files."""
+        extra, steps = dict(self.args.extra).get(each.name, ""), math.prod(self.length(each))
+        title = f"{each.name} {extra} {each.choice} steps {steps} seed {each.seed}"
+        return self.folder / re.sub(r"[^\w.]+", "_", title)
+
+    def report(self, each: Run, attack: str, epsilon: str) -> Path:
+        """Where a network's evaluation goes."""
+        path = self.path(each)
+        return path.with_name(f"{path.name}_{attack}_{epsilon.replace('/', '_')}.json")
+
+    def train_one(self, each: Run) -> None:
         """Train one network, unless it is trained."""
-        epochs, steps = self.length(name, share)
+        folder, (epochs, steps) = self.path(each), self.length(each)
         log = folder / "log.txt"
         if log.exists() and len(read_log(log)["Seconds"]) == epochs:
             return
-        words = [f"{self.scripts}_defense.py", *self.data, *self.flags(name), *choice.split()]
-        words += f"--epochs {epochs} --max_steps {steps} --manualSeed {seed}".split()
+        words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
+        words += [*each.choice.split(), "--epochs", str(epochs), "--max_steps", str(steps)]
+        words += ["--manualSeed", str(each.seed)]
         words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(folder)]
         output = folder.with_name(f"{folder.name}.out")
         try:
             run([*words, "--resume", "auto"], output)
         except UserError:  # a short training may diverge: it is not chosen then
-            if share == 1 or "error: the loss is" not in output.read_text():
+            if each.share == 1 or "error: the loss is" not in output.read_text():
                 raise
 
     def time(self) -> None:
@@ -187,68 +198,75 @@ class Table:
 
         return step
 
-    def search(self) -> None:
-        """Choose each method's flags; choices.json keeps them with all scores."""
-        items = [
-            (*run, self.args.share, self.tries / self.title(*run))
-            for name in self.methods
-            for flags in TRIES.get(name, _LAMBDAS)
-            for run in [(name, flags, SEARCH_SEED)]
-        ]
-        run_each(self.train_one, items, self.args.jobs)
-        scores: dict[str, dict[str, list[float]]] = {name: {} for name in self.methods}
-        for name, flags, *_, folder in items:
-            log = read_log(folder / "log.txt")
+    def tries(self, name: str) -> list[Run]:
+        """The short trainings of a method's search."""
+        flags = TRIES.get(name, _LAMBDAS)
+        return [Run(name, each, SEARCH_SEED, self.args.share) for each in flags]
+
+    def scores(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Of each try, held-out robust and clean accuracy after its last epoch; 0: diverged."""
+        found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in self.methods}
+        for each in itertools.chain.from_iterable(map(self.tries, self.methods)):
+            log = read_log(self.path(each) / "log.txt")
             columns = log["Held-out Robust Acc."], log["Held-out Acc."]
-            complete = len(columns[0]) == self.length(name, self.args.share)[0]
-            scores[name][flags] = [each[-1] if complete else 0.0 for each in columns]
-        chosen = {name: max(found, key=found.get) for name, found in scores.items()}
-        content = {"chosen": chosen, "held-out robust and clean accuracy": scores}
+            complete = len(columns[0]) == self.length(each)[0]
+            score = (columns[0][-1], columns[1][-1]) if complete else (0.0, 0.0)
+            found[each.name][each.choice] = score
+        return found
+
+    def chosen(self) -> dict[str, str]:
+        """The flags of each method that won the search."""
+        return {name: max(found, key=found.__getitem__) for name, found in self.scores().items()}
+
+    def search(self) -> None:
+        """Choose each method's flags; choices.json tells them with all scores."""
+        tries = [(each,) for name in self.methods for each in self.tries(name)]
+        run_each(self.train_one, tries, self.args.jobs)
+        content = {"chosen": self.chosen(), "held-out robust and clean accuracy": self.scores()}
         write_atomic(self.folder / "choices.json", json.dumps(content, indent=1).encode())
 
-    def runs(self) -> list[tuple[str, str, int, float, Path]]:
-        """The arguments of :meth:`train_one` for the networks of the table."""
-        chosen = json.loads((self.folder / "choices.json").read_text())["chosen"]
-        pairs = itertools.product(self.args.seeds, self.methods)
-        each = ((name, chosen[name], seed) for seed, name in pairs)
-        return [(*run, 1.0, self.folder / self.title(*run)) for run in each]
+    def runs(self) -> list[Run]:
+        """The networks of the table, seed by seed."""
+        chosen, pairs = self.chosen(), itertools.product(self.args.seeds, self.methods)
+        return [Run(name, chosen[name], seed) for seed, name in pairs]
 
     def train(self) -> None:
         """The networks of the table."""
-        run_each(self.train_one, self.runs(), self.args.jobs)
+        run_each(self.train_one, [(each,) for each in self.runs()], self.args.jobs)
 
     def attack(self) -> None:
         """Every network by every attack, all networks by one attack before the next."""
 
-        def evaluate(folder: Path, attack: str, count: int, epsilon: str) -> None:
-            report = report_of(folder, attack, epsilon)
-            digest = sha256_of(folder / BEST)
+        def evaluate(each: Run, attack: str, count: int, epsilon: str) -> None:
+            best, report = self.path(each) / BEST, self.report(each, attack, epsilon)
+            digest = sha256_of(best)
             if report.exists() and json.loads(report.read_text())["checkpoint_sha256"] == digest:
                 return
             words = [f"{self.scripts}_eval.py", *self.data, "--attack_method", attack]
             words += ["--epsilon", epsilon, "--num_examples", str(count)]
-            words += ["--model_path", str(folder / BEST), "--output", str(report)]
+            words += ["--model_path", str(best), "--output", str(report)]
             run(words, report.with_suffix(".out"))
 
         pairs = itertools.product(self.attacks, self.runs())
-        run_each(evaluate, [(each[-1], *attack) for attack, each in pairs], self.args.jobs)
+        run_each(evaluate, [(each, *attack) for attack, each in pairs], self.args.jobs)
 
     def table(self) -> None:
         """Print the table; write everything to ``--output``."""
         rows: dict[str, dict] = {}
-        for name, choice, seed, _, folder in self.runs():
-            log, steps = read_log(folder / "log.txt"), math.prod(self.length(name))
+        for each in self.runs():
+            log, steps = read_log(self.path(each) / "log.txt"), math.prod(self.length(each))
             found = {"clean (%)": math.nan}
             for attack, _, epsilon in self.attacks:
-                report = json.loads(report_of(folder, attack, epsilon).read_text())
+                report = json.loads(self.report(each, attack, epsilon).read_text())
                 head = f"{attack} {epsilon}, first {report['num_examples']:,} (%)"
                 found[head] = report["attacks"][attack]["robust_accuracy"]
                 if report["num_examples"] == report["test_set"]:
                     found["clean (%)"] = report["clean_accuracy"]
             found["minutes"] = sum(log["Seconds"]) / 60
-            entry = {"flags": f"{self.methods[name]} {choice}", "steps": steps, "runs": {}}
+            flags = f"{self.methods[each.name]} {each.choice}"
+            entry = {"flags": flags, "steps": steps, "runs": {}}
             curve = {"held_out_robust": log["Held-out Robust Acc."]}
-            rows.setdefault(name, entry)["runs"][str(seed)] = found | curve
+            rows.setdefault(each.name, entry)["runs"][str(each.seed)] = found | curve
         cells = [["method", "flags", "steps", *found]]
         for name, row in rows.items():
             cells.append([name, f"`{row['flags']}`", f"{row['steps']:,}"])

@@ -126,6 +126,19 @@ def test_other_flags_have_times_and_runs_of_their_own(commands, table, tmp_path,
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits_amp_1"}
 
 
+def test_what_defines_a_training_names_its_folder(commands, table, tmp_path):
+    """So a variant with other flags, and tries of another length, are not taken for done."""
+    words = ["--only", "at", "--seeds", 1, "--extra", "wide"]
+    assert table(*words, "--ema 0.9") == 0
+    commands.clear()
+    assert table(*words, "--ema 0.99") == 0
+    assert len(commands) == 6 + 1 + 1
+    assert all("0.99" in command for command in commands if "_defense" in command[0])
+    commands.clear()
+    assert table(*words, "--ema 0.99", "--share", 0.2) == 0
+    assert len(commands) == 2 * 6
+
+
 def test_an_interrupted_search_is_not_a_choice(commands, table, monkeypatch, tmp_path, capsys):
     def fail(command: list[str], output: Path) -> None:
         output.write_text("killed")
@@ -192,7 +205,7 @@ def test_a_network_that_changed_is_attacked_again(commands, table, tmp_path):
     words = ["--only", "at", "--seeds", 1]
     assert table(*words) == 0
     commands.clear()
-    (best,) = tmp_path.glob("runs/*/at_lr_0.1_1/model_best.pth.tar")
+    (best,) = tmp_path.glob("runs/*/at_lr_0.1_steps_120_seed_1/model_best.pth.tar")
     best.write_bytes(b"another")
     assert table(*words) == 0
     assert [command[0] for command in commands] == ["MNIST_eval.py"]
