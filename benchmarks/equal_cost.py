@@ -219,11 +219,17 @@ class Table:
         return {name: max(found, key=found.__getitem__) for name, found in self.scores().items()}
 
     def search(self) -> None:
-        """Choose each method's flags; choices.json tells them with all scores."""
-        tries = [(each,) for name in self.methods for each in self.tries(name)]
-        run_each(self.train_one, tries, self.args.jobs)
-        content = {"chosen": self.chosen(), "held-out robust and clean accuracy": self.scores()}
-        write_atomic(self.folder / "choices.json", json.dumps(content, indent=1).encode())
+        """Run the tries; print their accuracies, those that are chosen in bold."""
+        tries = [each for name in self.methods for each in self.tries(name)]
+        run_each(self.train_one, [(each,) for each in tries], self.args.jobs)
+        scores, chosen = self.scores(), self.chosen()
+        rows = [["method", "steps", "flags", "held-out PGD (%)", "clean (%)"]]
+        for each in tries:
+            cells = [f"{value:.1f}" for value in scores[each.name][each.choice]]
+            if chosen[each.name] == each.choice:
+                cells = [f"**{cell}**" for cell in cells]
+            rows.append([each.name, str(math.prod(self.length(each))), f"`{each.choice}`", *cells])
+        print(markdown_table(rows, left=(0, 2)))
 
     def runs(self) -> list[Run]:
         """The networks of the table, seed by seed."""
@@ -274,7 +280,7 @@ class Table:
         print(markdown_table(cells, left=(0, 1)))
         keys = ("dataset", "minutes", "flags", "share")
         content = {key: getattr(self.args, key) for key in keys} | {"versions": versions()}
-        content |= {"step_times": self.times[self.key], "rows": rows}
+        content |= {"step_times": self.times[self.key], "search": self.scores(), "rows": rows}
         output = self.args.output or self.folder / "table.json"
         write_atomic(output, (json.dumps(content, indent=1) + "\n").encode())
 
