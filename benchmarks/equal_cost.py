@@ -130,20 +130,24 @@ class Table:
         return path.with_name(f"{path.name}_{attack}_{epsilon.replace('/', '_')}.json")
 
     def train_one(self, each: Run) -> None:
-        """Train one network, unless it is trained."""
+        """Train one network, unless it is trained; a short training may diverge."""
         folder, (epochs, steps) = self.path(each), self.length(each)
-        log = folder / "log.txt"
-        if log.exists() and len(read_log(log)["Seconds"]) == epochs:
+        log, output = folder / "log.txt", folder.with_name(f"{folder.name}.out")
+
+        def diverged() -> bool:
+            found = output.read_text() if output.exists() else ""
+            return each.share < 1 and "error: the loss is" in found
+
+        if diverged() or (log.exists() and len(read_log(log)["Seconds"]) == epochs):
             return
         words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
         words += [*each.choice.split(), "--epochs", str(epochs), "--max_steps", str(steps)]
         words += ["--manualSeed", str(each.seed)]
         words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(folder)]
-        output = folder.with_name(f"{folder.name}.out")
         try:
             run([*words, "--resume", "auto"], output)
-        except UserError:  # a short training may diverge: it is not chosen then
-            if each.share == 1 or "error: the loss is" not in output.read_text():
+        except UserError:
+            if not diverged():
                 raise
 
     def time(self) -> None:
