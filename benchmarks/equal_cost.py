@@ -54,7 +54,7 @@ COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 500 --imag
 # Of a dataset: the first word of its scripts, training flags, and (attack, test images, epsilon).
 _SMALL = "-a small_cnn --epsilon 0.3 --probe_steps 20"
 HALF = {"MNIST": "0.15", "cifar": "4/255"}
-_RESNET = "-a resnet --depth 20 --activation silu --epsilon 8/255 --probe_steps 10"
+_RESNET = "-a resnet --depth 20 --activation silu --amp --epsilon 8/255 --probe_steps 10"
 _CIFAR = ("PGD", 10_000, "8/255"), ("PGD", 10_000, "0.031"), ("AutoAttack", 1000, "8/255")
 SETTINGS = {
     "MNIST": ("MNIST", _SMALL, (("PGD", 10_000, "0.3"), ("AutoAttack", 1000, "0.3"))),
