@@ -8,9 +8,11 @@ One command makes a table; given again, it resumes. Its stages:
 * time: the cost of a step relative to AT's, in one quiet run in which the methods take turns, kept
   in `step_times.json`. It turns minutes into AT steps, and these into every other method's steps,
   so that rows compare whenever and wherever they are trained.
-* search: for each method six short trainings (:data:`TRIES`). Chosen is the highest robust accuracy
-  (PGD) on held-out training images after the last epoch; among equals, the highest clean accuracy.
-* train: the chosen flags at full length, a network for each seed.
+* search: for each method six short trainings (:data:`TRIES`). The best two have the highest robust
+  accuracy (PGD) on held-out training images after the last epoch; among equals, clean accuracy.
+* finals: these two at full length with the first seed. The method's flags are those of the better
+  one, by the repository's rule: clean and robust accuracy on held-out images at the best epoch.
+* train: these flags with the other seeds.
 * attack: of each network the epoch that the repository's rule chooses by held-out images.
 * table: mean and range over the seeds, and everything as JSON.
 
@@ -35,6 +37,7 @@ import cifar_defense
 import MNIST_defense
 from models import build_model
 from tools.scripts import ROOT, positive, run, run_each, spread
+from utils.checkpoints import load_checkpoint
 from utils.datasets import load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.errors import UserError, run_script
@@ -47,7 +50,7 @@ from utils.runtime import versions
 from utils.tables import markdown_table
 
 TIMES = ROOT / "benchmarks" / "step_times.json"
-BATCH, SEARCH_SEED = 128, 1
+BATCH, SEARCH_SEED, FINALISTS = 128, 1, 2
 WARMUP = 1 / 12  # share of the training over which lambda rises
 COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 500 --image_interval 0 "
           "--ckpt_interval 0")  # fmt: skip
@@ -130,15 +133,14 @@ class Table:
         return path.with_name(f"{path.name}_{attack}_{epsilon.replace('/', '_')}.json")
 
     def train_one(self, each: Run) -> None:
-        """Train one network, unless it is trained; a short training may diverge."""
+        """Train one network, unless it is trained, or diverged, which is a result as well."""
         folder, (epochs, steps) = self.path(each), self.length(each)
-        log, output = folder / "log.txt", folder.with_name(f"{folder.name}.out")
+        output = folder.with_name(f"{folder.name}.out")
 
         def diverged() -> bool:
-            found = output.read_text() if output.exists() else ""
-            return each.share < 1 and "error: the loss is" in found
+            return output.exists() and "error: the loss is" in output.read_text()
 
-        if diverged() or (log.exists() and len(read_log(log)["Seconds"]) == epochs):
+        if diverged() or self.complete(each):
             return
         words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
         words += [*each.choice.split(), "--epochs", str(epochs), "--max_steps", str(steps)]
@@ -207,38 +209,51 @@ class Table:
         flags = TRIES.get(name, _LAMBDAS)
         return [Run(name, each, SEARCH_SEED, self.args.share) for each in flags]
 
-    def scores(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Of each try, held-out robust and clean accuracy after its last epoch; 0: diverged."""
-        found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in self.methods}
-        for each in itertools.chain.from_iterable(map(self.tries, self.methods)):
-            log = read_log(self.path(each) / "log.txt")
-            columns = log["Held-out Robust Acc."], log["Held-out Acc."]
-            complete = len(columns[0]) == self.length(each)[0]
-            score = (columns[0][-1], columns[1][-1]) if complete else (0.0, 0.0)
-            found[each.name][each.choice] = score
-        return found
+    def complete(self, each: Run) -> bool:
+        """Whether a training came to its end."""
+        log = self.path(each) / "log.txt"
+        return log.exists() and len(read_log(log)["Seconds"]) == self.length(each)[0]
 
-    def chosen(self) -> dict[str, str]:
-        """The flags of each method that won the search."""
-        return {name: max(found, key=found.__getitem__) for name, found in self.scores().items()}
+    def score(self, each: Run) -> tuple[float, float]:
+        """Held-out robust and clean accuracy after the last epoch of a try; 0 if it diverged."""
+        log = read_log(self.path(each) / "log.txt")
+        last = log["Held-out Robust Acc."], log["Held-out Acc."]
+        return (last[0][-1], last[1][-1]) if self.complete(each) else (0.0, 0.0)
+
+    def best_score(self, each: Run) -> float:
+        """Of a full training's best epoch, by the repository's rule; 0 if it diverged."""
+        checkpoint = self.path(each) / BEST
+        return load_checkpoint(checkpoint)["best_acc"] if self.complete(each) else 0.0
 
     def search(self) -> None:
-        """Run the tries; print their accuracies, those that are chosen in bold."""
+        """Run the tries and print their accuracies."""
         tries = [each for name in self.methods for each in self.tries(name)]
         run_each(self.train_one, [(each,) for each in tries], self.args.jobs)
-        scores, chosen = self.scores(), self.chosen()
         rows = [["method", "steps", "flags", "held-out PGD (%)", "clean (%)"]]
         for each in tries:
-            cells = [f"{value:.1f}" for value in scores[each.name][each.choice]]
-            if chosen[each.name] == each.choice:
-                cells = [f"**{cell}**" for cell in cells]
-            rows.append([each.name, str(math.prod(self.length(each))), f"`{each.choice}`", *cells])
+            accuracies = [f"{value:.1f}" for value in self.score(each)]
+            steps = math.prod(self.length(each))
+            rows.append([each.name, str(steps), f"`{each.choice}`", *accuracies])
         print(markdown_table(rows, left=(0, 2)))
+
+    def finalists(self, name: str) -> list[Run]:
+        """A method's two best tries, at full length with the first seed."""
+        best = sorted(self.tries(name), key=self.score, reverse=True)[:FINALISTS]
+        return [Run(name, each.choice, self.args.seeds[0]) for each in best]
+
+    def finals(self) -> None:
+        """Train the finalists and print their scores: the best one's flags are the method's."""
+        runs = [each for name in self.methods for each in self.finalists(name)]
+        run_each(self.train_one, [(each,) for each in runs], self.args.jobs)
+        rows = [["method", "flags", "held-out score of the best epoch (%)"]]
+        rows += [[each.name, f"`{each.choice}`", f"{self.best_score(each):.2f}"] for each in runs]
+        print(markdown_table(rows, left=(0, 1)))
 
     def runs(self) -> list[Run]:
         """The networks of the table, seed by seed."""
-        chosen, pairs = self.chosen(), itertools.product(self.args.seeds, self.methods)
-        return [Run(name, chosen[name], seed) for seed, name in pairs]
+        chosen = {name: max(self.finalists(name), key=self.best_score) for name in self.methods}
+        pairs = itertools.product(self.args.seeds, self.methods)
+        return [chosen[name]._replace(seed=seed) for seed, name in pairs]
 
     def train(self) -> None:
         """The networks of the table."""
@@ -282,15 +297,22 @@ class Table:
             cells.append([name, f"`{row['flags']}`", f"{row['steps']:,}"])
             cells[-1] += [spread([each[head] for each in row["runs"].values()]) for head in found]
         print(markdown_table(cells, left=(0, 1)))
+        searched = {
+            name: {
+                "tries": {each.choice: self.score(each) for each in self.tries(name)},
+                "finals": {each.choice: self.best_score(each) for each in self.finalists(name)},
+            }
+            for name in self.methods
+        }
         keys = ("dataset", "minutes", "flags", "share")
         content = {key: getattr(self.args, key) for key in keys} | {"versions": versions()}
-        content |= {"step_times": self.times[self.key], "search": self.scores(), "rows": rows}
+        content |= {"step_times": self.times[self.key], "search": searched, "rows": rows}
         output = self.args.output or self.folder / "table.json"
         write_atomic(output, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def main() -> int:
-    stages = ("time", "search", "train", "attack", "table")
+    stages = ("time", "search", "finals", "train", "attack", "table")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("dataset", choices=SETTINGS)
