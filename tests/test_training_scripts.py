@@ -505,7 +505,7 @@ def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):
 def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
     """Epochs of `at`, then of the defense, whose networks alone can be the best."""
     flags = f"{SHORT} --lr_schedule constant --lr 0.1 --lambada 50 --probe_epsilon 0 --epochs 3"
-    for name, more in (("at", "--defense at"), ("both", "--at_start 0.5")):
+    for name, more in (("at", "--defense at"), ("both", "--at_start 0.7")):
         assert command(f"{flags} {more}", data=grey_folder, save=tmp_path / name)[0] == 0
     at, both = (next((tmp_path / name).rglob("log.txt")) for name in ("at", "both"))
     logs = [read_log(path) for path in (at, both)]

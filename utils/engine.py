@@ -162,7 +162,7 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
 
 def schedules(args: argparse.Namespace) -> tuple[Course, Course, int]:
     """Learning rate and lambada by the time in epochs, and the number of epochs trained by at."""
-    total, start = args.epochs, math.ceil(round(args.at_start * args.epochs, 6))  # 0.1 of 30: 3
+    total, start = args.epochs, int(args.at_start * args.epochs + 1e-6)  # 0.29 of 100 are 29
 
     def onecycle(when: float) -> float:
         rising, falling = when / (0.3 * total), (total - when) / (0.7 * total)

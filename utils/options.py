@@ -261,7 +261,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         "in small steps; fast: ascent of the loss, the same flatness in fewer passes")
     add("--lambada --lambda", get("lambada"), WEIGHT, "weight of the flatness in the loss")
     add("--warmup", 0.0, number("EPOCHS"), "epochs over which lambada rises linearly from 0")
-    add("--at_start", 0.0, SHARE, "first share of the epochs (rounded up) that trains by at")
+    add("--at_start", 0.0, SHARE, "first share of the epochs that trains by at, rounded down")
     add("--beta", 6.0, WEIGHT, "weight of the robust term of trades")
     add("--bn_mode", "shared", one_of(*BN_MODES),
         "statistics of BatchNorm; mixed is the original's, see docs/failure_case.md")
@@ -309,17 +309,15 @@ def settle_training(
     if args.resume and args.overwrite:
         raise UserError("--overwrite starts a run again and --resume goes on with it: give one")
     if args.dry_run:
-        args.epochs, args.max_steps, args.schedule, args.warmup = 1, 1, [], 0.0
-        args.probe_size, args.start_epoch = min(args.probe_size, args.train_batch), 0
+        args.epochs, args.max_steps, args.schedule, args.start_epoch = 1, 1, [], 0
+        args.warmup, args.at_start, args.probe_size = 0, 0, min(args.probe_size, args.train_batch)
     if "schedule" not in given:
         args.schedule = [epoch for epoch in args.schedule if epoch <= args.epochs]
     elif args.lr_schedule != "step":
         raise UserError(f"--schedule is for --lr_schedule step, not {args.lr_schedule}")
     if args.schedule != sorted(set(args.schedule)) or max(args.schedule, default=0) > args.epochs:
-        text = " ".join(map(str, args.schedule))
-        raise UserError(
-            f"--schedule {text}: allowed are rising numbers up to --epochs {args.epochs}"
-        )
+        text = f"--schedule {' '.join(map(str, args.schedule))}"
+        raise UserError(f"{text}: allowed are rising numbers up to --epochs {args.epochs}")
     if args.search == "fast":
         args.num_steps = given.get("num_steps", table["fast_num_steps"])
         args.step_size = given.get("step_size", table["fast_step"] * args.epsilon)
@@ -331,6 +329,8 @@ def settle_training(
     check_ball(args, "epsilon", "probe_epsilon")
     if args.start_epoch >= args.epochs and not args.evaluate:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
+    if 0 < args.at_start * args.epochs < 1:
+        raise UserError(f"--at_start {args.at_start:g} of --epochs {args.epochs} is no epoch")
     if args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}")
     return args
