@@ -136,6 +136,11 @@ class Table:
         title = f"{each.name} {extra} {each.choice} steps {steps} seed {each.seed}"
         return self.folder / re.sub(r"[^\w.]+", "_", title)
 
+    def output(self, each: Run) -> Path:
+        """What a training printed."""
+        path = self.path(each)
+        return path.with_name(f"{path.name}.out")
+
     def report(self, each: Run, attack: str, epsilon: str) -> Path:
         """Where a network's evaluation goes."""
         path = self.path(each)
@@ -143,23 +148,22 @@ class Table:
 
     def train_one(self, each: Run) -> None:
         """Train one network, unless it is trained, or diverged, which is a result as well."""
-        folder, (epochs, steps) = self.path(each), self.length(each)
-        output = folder.with_name(f"{folder.name}.out")
-
-        def diverged() -> bool:
-            return output.exists() and "error: the loss is" in output.read_text()
-
-        if diverged() or self.complete(each):
+        if self.diverged(each) or self.complete(each):
             return
+        epochs, steps = self.length(each)
         words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
         words += [*each.choice.split(), "--epochs", str(epochs), "--max_steps", str(steps)]
         words += ["--manualSeed", str(each.seed)]
-        words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(folder)]
+        words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(self.path(each))]
         try:
-            run([*words, "--resume", "auto"], output)
+            run([*words, "--resume", "auto"], self.output(each))
         except UserError:
-            if not diverged():
+            if not self.diverged(each):
                 raise
+
+    def train_all(self, runs: list[Run]) -> None:
+        """Train what is not trained yet, ``--jobs`` at a time."""
+        run_each(self.train_one, [(each,) for each in runs], self.args.jobs)
 
     def time(self) -> None:
         """The costs of steps that the file does not have."""
@@ -223,21 +227,34 @@ class Table:
         log = self.path(each) / "log.txt"
         return log.exists() and len(read_log(log)["Seconds"]) == self.length(each)[0]
 
+    def diverged(self, each: Run) -> bool:
+        """Whether a training ended with a loss that is not finite."""
+        output = self.output(each)
+        return output.exists() and "error: the loss is" in output.read_text()
+
+    def counts(self, each: Run) -> bool:
+        """Whether a training can be chosen: not if it diverged. UserError: not trained."""
+        if self.diverged(each):
+            return False
+        if self.complete(each):
+            return True
+        raise UserError(f"{self.path(each)} is not trained: run the stages before this one")
+
     def score(self, each: Run) -> tuple[float, float]:
         """Held-out robust and clean accuracy after the last epoch of a try; 0 if it diverged."""
+        if not self.counts(each):
+            return 0.0, 0.0
         log = read_log(self.path(each) / "log.txt")
-        last = log["Held-out Robust Acc."], log["Held-out Acc."]
-        return (last[0][-1], last[1][-1]) if self.complete(each) else (0.0, 0.0)
+        return log["Held-out Robust Acc."][-1], log["Held-out Acc."][-1]
 
     def best_score(self, each: Run) -> float:
         """Of a full training's best epoch, by the repository's rule; 0 if it diverged."""
-        checkpoint = self.path(each) / BEST
-        return load_checkpoint(checkpoint)["best_acc"] if self.complete(each) else 0.0
+        return load_checkpoint(self.path(each) / BEST)["best_acc"] if self.counts(each) else 0.0
 
     def search(self) -> None:
         """Run the tries and print their accuracies."""
         runs = [each for name in self.methods for each in self.tries(name)]
-        run_each(self.train_one, [(each,) for each in runs], self.args.jobs)
+        self.train_all(runs)
         rows = [["method", "steps", "flags", "held-out PGD (%)", "clean (%)"]]
         for each in runs:
             accuracies = [f"{value:.1f}" for value in self.score(each)]
@@ -254,7 +271,7 @@ class Table:
     def finals(self) -> None:
         """Train the finalists and print their scores: the best one's flags are the method's."""
         runs = [each for name in self.methods for each in self.finalists(name)]
-        run_each(self.train_one, [(each,) for each in runs], self.args.jobs)
+        self.train_all(runs)
         rows = [["method", "flags", "held-out score of the best epoch (%)"]]
         rows += [[each.name, f"`{each.choice}`", f"{self.best_score(each):.2f}"] for each in runs]
         print(markdown_table(rows, left=(0, 1)))
@@ -268,7 +285,7 @@ class Table:
 
     def train(self) -> None:
         """The networks of the table."""
-        run_each(self.train_one, [(each,) for each in self.runs()], self.args.jobs)
+        self.train_all(self.runs())
 
     def attack(self) -> None:
         """Every network by every attack, all networks by one attack before the next."""

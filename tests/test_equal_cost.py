@@ -149,6 +149,14 @@ def test_what_defines_a_training_names_its_folder(commands, table, tmp_path):
     assert len(commands) == 2 * 6
 
 
+def test_nothing_is_chosen_before_all_that_compete_are_trained(commands, table, tmp_path):
+    words = ["--only", "at", "--seeds", 1]
+    for stages, missing in ((["search"], "finals"), (["search", "finals"], "train")):
+        with pytest.raises(UserError, match="is not trained: run the stages before"):
+            table(*words, "--stages", missing)
+        assert table(*words, "--stages", *stages) == 0
+
+
 def test_an_interrupted_search_is_not_a_choice(commands, table, monkeypatch, capsys):
     def fail(command: list[str], output: Path) -> None:
         output.write_text("killed")
