@@ -72,7 +72,7 @@ def table(monkeypatch, tmp_path):
 @pytest.mark.parametrize("scripts_of", ["MNIST", "cifar"])
 def test_every_method_has_as_many_tries(scripts_of):
     for name in [*equal_cost.METHODS, "a_variant"]:
-        assert len(set(equal_cost.tries(scripts_of, name))) == 6
+        assert len(set(equal_cost.grid(scripts_of, name))) == 6
 
 
 @pytest.mark.parametrize("dataset", equal_cost.SETTINGS)
@@ -82,7 +82,7 @@ def test_the_scripts_understand_the_flags(dataset):
     for name, method in equal_cost.METHODS.items():
         method = method.replace("HALF", equal_cost.HALF[scripts])
         words = f"--dataset {dataset} {equal_cost.COMMON} {setting} {method}".split()
-        for tried in equal_cost.tries(scripts, name):
+        for tried in equal_cost.grid(scripts, name):
             parser = training_parser(defaults, "")
             args = settle_training(parser, defaults, parser.given([*words, *tried.split()]))
             assert args.defense == name and args.val_size is None
