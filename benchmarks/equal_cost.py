@@ -45,7 +45,7 @@ from utils.lfr import Ball
 from utils.networks import sha256_of
 from utils.options import settle_training, training_parser
 from utils.progress import Bar
-from utils.run_folder import BEST, read_log, write_atomic
+from utils.run_folder import BEST, LOG, read_log, write_atomic
 from utils.runtime import versions
 from utils.tables import markdown_table
 
@@ -227,7 +227,7 @@ class Table:
 
     def complete(self, each: Run) -> bool:
         """Whether a training came to its end."""
-        log = self.path(each) / "log.txt"
+        log = self.path(each) / LOG
         return log.exists() and len(read_log(log)["Seconds"]) == self.length(each)[0]
 
     def diverged(self, each: Run) -> bool:
@@ -247,7 +247,7 @@ class Table:
         """Held-out robust and clean accuracy after the last epoch of a try; 0 if it diverged."""
         if not self.counts(each):
             return 0.0, 0.0
-        log = read_log(self.path(each) / "log.txt")
+        log = read_log(self.path(each) / LOG)
         return log["Held-out Robust Acc."][-1], log["Held-out Acc."][-1]
 
     def best_score(self, each: Run) -> float:
@@ -310,7 +310,7 @@ class Table:
         """Print the table; write everything to ``--output``."""
         rows: dict[str, dict] = {}
         for each in self.runs():
-            log, steps = read_log(self.path(each) / "log.txt"), math.prod(self.length(each))
+            log, steps = read_log(self.path(each) / LOG), math.prod(self.length(each))
             found = {"clean (%)": math.nan}
             for attack, _, epsilon in self.attacks:
                 report = json.loads(self.report(each, attack, epsilon).read_text())
