@@ -50,7 +50,7 @@ from utils.runtime import versions
 from utils.tables import markdown_table
 
 TIMES = ROOT / "benchmarks" / "step_times.json"
-BATCH, SEARCH_SEED = 128, 1
+BATCH, SEARCH_SEED, CHANCE = 128, 1, 10.0
 WARMUP = 1 / 12  # share of the training over which lambda rises
 COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 500 --image_interval 0 "
           "--ckpt_interval 0")  # fmt: skip
@@ -117,8 +117,18 @@ class Table:
         count = len(self.train_set)
         self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
         self.times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-        if self.key not in self.times and "time" not in args.stages:
-            raise UserError(f"{TIMES} has no times of '{self.key}': run --stages time first")
+        if "time" not in args.stages and self.untimed():
+            first, key = self.title(self.untimed()[0]), self.key
+            raise UserError(f"{TIMES} has no times of '{key}', {first}: run --stages time first")
+
+    def title(self, name: str) -> str:
+        """A method's name; of a variant with its flags, for others are another variant."""
+        return " ".join([name, *dict(self.args.extra).get(name, "").split()])
+
+    def untimed(self) -> list[str]:
+        """The methods whose times the file does not have."""
+        known = self.times.get(self.key, {}).get("relative", {})
+        return [name for name in self.methods if self.title(name) not in known]
 
     def flags(self, name: str) -> list[str]:
         """All training flags of a method but its tries, its length and its seed."""
@@ -129,14 +139,14 @@ class Table:
         """Epochs, and steps of each, that cost its share of the budget."""
         times = self.times[self.key]
         budget = round(60 * self.args.minutes / times["at_seconds"])  # AT steps
-        steps = max(1, round(each.share * budget / times["relative"][each.name]))
+        steps = max(1, round(each.share * budget / times["relative"][self.title(each.name)]))
         epochs = math.ceil(steps / self.epoch)
         return epochs, max(1, round(steps / epochs))
 
     def path(self, each: Run) -> Path:
         """The folder of a training, after all that defines it: no other one meets its files."""
-        extra, steps = dict(self.args.extra).get(each.name, ""), math.prod(self.length(each))
-        title = f"{each.name} {extra} {each.choice} steps {steps} seed {each.seed}"
+        steps = math.prod(self.length(each))
+        title = f"{self.title(each.name)} {each.choice} steps {steps} seed {each.seed}"
         return self.folder / re.sub(r"[^\w.]+", "_", title)
 
     def output(self, each: Run) -> Path:
@@ -170,10 +180,10 @@ class Table:
 
     def time(self) -> None:
         """The costs of steps that the file does not have."""
-        entry = self.times.setdefault(self.key, {"relative": {}})
-        new = [name for name in self.methods if name not in entry["relative"]]
+        new = self.untimed()
         if not new:
             return
+        entry = self.times.setdefault(self.key, {"relative": {}})
         torch.set_num_threads(self.args.threads)
         torch.set_flush_denormal(True)
         steps = {name: self.step(name) for name in dict.fromkeys(["at", *new])}
@@ -184,7 +194,7 @@ class Table:
         for name in new:
             ratio = statistics.median(turn[name] / turn["at"] for turn in seconds)
             at_start = self.settled(name).at_start  # whose steps are AT's
-            entry["relative"][name] = round(at_start + (1 - at_start) * ratio, 4)
+            entry["relative"][self.title(name)] = round(at_start + (1 - at_start) * ratio, 4)
         entry.setdefault("at_seconds", round(statistics.median(turn["at"] for turn in seconds), 4))
         entry.setdefault("measured_on", versions())
         write_atomic(TIMES, (json.dumps(self.times, indent=1) + "\n").encode())
@@ -265,10 +275,14 @@ class Table:
             rows.append([each.name, str(steps), f"`{each.choice}`", *accuracies])
         print(markdown_table(rows, left=(0, 2)))
 
+    def hopeless(self, name: str) -> bool:
+        """Whether no try is above chance under attack: one network is enough to show it."""
+        return max(self.score(each)[0] for each in self.tries(name)) < CHANCE
+
     def finalists(self, name: str) -> list[Run]:
-        """A method's two best tries, at full length with the first seed; of none the best."""
-        count = 1 if name == "none" else 2
-        best = sorted(self.tries(name), key=self.score, reverse=True)[:count]
+        """A method's two best tries, at full length with the first seed; if hopeless, the best."""
+        best = sorted(self.tries(name), key=self.score, reverse=True)
+        best = best[: 1 if self.hopeless(name) else 2]
         return [Run(name, each.choice, self.args.seeds[0]) for each in best]
 
     def finals(self) -> None:
@@ -280,11 +294,11 @@ class Table:
         print(markdown_table(rows, left=(0, 1)))
 
     def runs(self) -> list[Run]:
-        """The networks of the table, seed by seed; none, at 0 under any attack, has one seed."""
+        """The networks of the table, seed by seed; a hopeless method has one seed."""
         chosen = [max(self.finalists(name), key=self.best_score) for name in self.methods]
         pairs = itertools.product(self.args.seeds, chosen)
         found = [each._replace(seed=seed) for seed, each in pairs]
-        return [each for each in found if each in chosen or each.name != "none"]
+        return [each for each in found if each in chosen or not self.hopeless(each.name)]
 
     def train(self) -> None:
         """The networks of the table."""

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.networks import sha256_of
 from utils.options import settle_training, training_parser
 
-RELATIVE = {"at": 1.0, "lfr": 2.0, "none": 0.25, "igr": 0.5, "trades": 1.5, "wide": 2.5}
+RELATIVE = {"at": 1.0, "lfr": 2.0, "none": 0.25, "igr": 0.5, "trades": 1.5, "wide --ema 0.9": 2.5}
 TIMES = {name: {"at_seconds": 0.5, "relative": RELATIVE} for name in equal_cost.SETTINGS}
 STEPS = {"at": 120, "lfr": 60, "none": 480, "wide": 48}  # one minute of AT, and the others
 
@@ -41,7 +41,10 @@ def commands(monkeypatch, tmp_path):
         folder = Path(value(command, "--checkpoint"))
         folder.mkdir(exist_ok=True)
         lr = float(value(command, "--lr"))
-        rows = [f"{50 if lr == 0.1 else 40 + lr}\t{90 - lr}\t30"] * int(value(command, "--epochs"))
+        robust = 50 if lr == 0.1 else 40 + lr
+        if value(command, "--defense") == "none":
+            robust /= 10
+        rows = [f"{robust}\t{90 - lr}\t30"] * int(value(command, "--epochs"))
         if lr == 0.05 and value(command, "--defense") == "lfr":
             rows.pop()
         lines = ["Held-out Robust Acc.\tHeld-out Acc.\tSeconds", *rows]
@@ -141,6 +144,10 @@ def test_what_defines_a_training_names_its_folder(commands, table, tmp_path):
     words = ["--only", "at", "--seeds", 1, "--extra", "wide"]
     assert table(*words, "--ema 0.9") == 0
     commands.clear()
+    with pytest.raises(UserError, match="no times of 'digits', wide --ema"):
+        table(*words, "--ema 0.99", "--stages", "search")
+    times = {"digits": {"at_seconds": 0.5, "relative": RELATIVE | {"wide --ema 0.99": 2.5}}}
+    (tmp_path / "step_times.json").write_text(json.dumps(times))
     assert table(*words, "--ema 0.99") == 0
     assert len(commands) == 6 + 2 + 1
     assert all("0.99" in command for command in commands if "_defense" in command[0])
@@ -189,7 +196,7 @@ def test_a_start_by_at_costs_what_at_costs(table, commands, tmp_path, monkeypatc
     (tmp_path / "step_times.json").unlink()
     assert table(*words) == 0
     found = json.loads((tmp_path / "step_times.json").read_text())["digits"]["relative"]
-    assert found == {"at": 1.0, "mix": 0.25 + 0.75 * 3}
+    assert found == {"at": 1.0, "mix --at_start 0.25": 0.25 + 0.75 * 3}
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "nan"], ["--jobs", "0"]])
