@@ -22,6 +22,7 @@ from utils.attacks import Budget
 from utils.attacks.budgets import GREY
 from utils.attacks.library import CHUNK, Verdicts, run_library
 from utils.attacks.masking import masking_checks
+from utils.data import split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.lfr import Ball
@@ -685,6 +686,27 @@ def test_the_training_split(checkpoint, tmp_path, digits_network, digits_train):
     report = json.loads(output.read_text())
     assert report["clean_accuracy"] == pytest.approx(100 * int(right.sum()) / 24)
     assert (report["split"], report["test_set"]) == ("train", len(digits_train))
+
+
+def test_the_held_out_split(checkpoint, tmp_path, digits_network, digits_train):
+    """Of the images that a run used, those that it kept out; the rest are what it trained on."""
+    content, output = torch.load(checkpoint), tmp_path / "results.json"
+    content["args"] = {"val_size": 30, "manualSeed": 7, "nlabel": 500}
+    torch.save(content, path := tmp_path / "other.pth.tar")
+    assert evaluate(path, "--split", "held-out", "--num_examples", 30, "--output", output) == 0
+    report = json.loads(output.read_text())
+    assert (report["split"], report["test_set"], report["num_examples"]) == ("held-out", 30, 30)
+    _, held_out = split_validation(digits_train.head(500), 30, seed=7)
+    right = digits_network(held_out.float_images()).argmax(1) == held_out.labels
+    assert report["clean_accuracy"] == pytest.approx(100 * int(right.sum()) / 30)
+    assert report["data_sha256"] == evaluation._sha256(held_out.images, held_out.labels)
+
+
+@pytest.mark.parametrize("args", [None, {"val_size": 0, "manualSeed": 7}, {"val_size": 9.5}])
+def test_a_checkpoint_that_does_not_state_its_held_out_images(checkpoint, tmp_path, args):
+    torch.save(torch.load(checkpoint) | {"args": args}, path := tmp_path / "other.pth.tar")
+    with pytest.raises(UserError, match="does not state which images were held out"):
+        evaluate(path, "--split", "held-out")
 
 
 def test_a_note_where_settings_make_no_sense(checkpoint, capsys):

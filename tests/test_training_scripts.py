@@ -22,6 +22,7 @@ from PIL import Image
 
 import cifar_defense
 import MNIST_defense
+import MNIST_eval
 from tests.helpers import save_checkpoint
 from utils import training
 from utils.board import Board
@@ -29,6 +30,7 @@ from utils.checkpoints import load_checkpoint
 from utils.data import split_validation
 from utils.datasets import load_dataset
 from utils.errors import run_script as finish
+from utils.evaluation import run_evaluation
 from utils.networks import load_network
 from utils.options import settle_training, training_parser
 from utils.run_folder import read_log
@@ -424,6 +426,20 @@ def test_evaluate_only(command, grey_folder, tmp_path, flags):
     assert f"test % {log['Valid Acc.'][0]:.4g}  " in out
     assert f"test PGD % {log['Test Robust Acc.'][0]:.4g}  (PGD-1, l_inf 0.3, first 8)" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_held_out_images_are_evaluated(command, grey_folder, tmp_path):
+    """--split held-out takes the images by which the best network was chosen."""
+    assert command(SHORT.replace("--val_size 8", ""), data=grey_folder, save=tmp_path)[0] == 0
+    (log,) = tmp_path.rglob("log.txt")
+    words = f"--model_path {log.parent} --data_dir {grey_folder} --split held-out --num_steps 1"
+    words += f" --output {tmp_path / 'report.json'}"
+    assert run_evaluation(MNIST_eval.DEFAULTS, "", words.split()) == 0
+    report, found = json.loads((tmp_path / "report.json").read_text()), read_log(log)
+    assert (
+        report["test_set"] == load_checkpoint(log.parent / "model_best.pth.tar")["args"]["val_size"]
+    )
+    assert report["clean_accuracy"] == found["Held-out Acc."][0]
 
 
 def test_an_averaged_network_has_statistics_of_its_own(command, grey_folder, tmp_path):

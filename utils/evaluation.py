@@ -30,7 +30,7 @@ from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Bu
 from utils.attacks.library import CHUNK, STAGES, require_library, run_library
 from utils.attacks.masking import masking_checks
 from utils.attacks.minimum_norm import ddn, jsma, pointwise
-from utils.data import ImageSet
+from utils.data import ImageSet, split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation
@@ -365,8 +365,10 @@ def run_evaluation(
         path = args.model_path and str(checkpoints.find_checkpoint(args.model_path, BEST))
         checkpoint = checkpoints.load_checkpoint(path) if path else {}
         notes = apply_statement(args, checkpoint, table)
-        data = load_dataset(args.dataset, args.data_dir, train=args.split == "train")
+        data = load_dataset(args.dataset, args.data_dir, train=args.split != "test")
         checkpoints.check_data(checkpoint, path, data, args.force)
+        if args.split == "held-out":
+            data = _held_out(data, checkpoint, path)
         available = len(data)
         if (args.num_examples or 0) > available:
             notes.append(f"--num_examples {args.num_examples}: all {available} are taken")
@@ -416,6 +418,16 @@ def run_evaluation(
             process.log(f"page: {args.report}")
         process.barrier()
         return 0
+
+
+def _held_out(data: ImageSet, checkpoint: Mapping[str, Any], path: str | None) -> ImageSet:
+    """The training images that the checkpoint's run held out; UserError if it states none."""
+    flags = checkpoint.get("args") or {}
+    size, seed, used = (flags.get(name) for name in ("val_size", "manualSeed", "nlabel"))
+    if not size or not all(isinstance(value, int) for value in (size, seed, used or 0)):
+        name = path or "no checkpoint"
+        raise UserError(f"--split held-out: {name} does not state which images were held out")
+    return split_validation(data.head(used or len(data)), size, seed)[1]
 
 
 def _masking(
