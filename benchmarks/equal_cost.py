@@ -50,7 +50,7 @@ from utils.runtime import versions
 from utils.tables import markdown_table
 
 TIMES = ROOT / "benchmarks" / "step_times.json"
-BATCH, SEARCH_SEED, CHANCE = 128, 1, 10.0
+BATCH, SEARCH_SEED = 128, 1
 WARMUP = 1 / 12  # share of the training over which lambda rises
 COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 500 --image_interval 0 "
           "--ckpt_interval 0")  # fmt: skip
@@ -275,14 +275,10 @@ class Table:
             rows.append([each.name, str(steps), f"`{each.choice}`", *accuracies])
         print(markdown_table(rows, left=(0, 2)))
 
-    def hopeless(self, name: str) -> bool:
-        """Whether no try is above chance under attack: one network is enough to show it."""
-        return max(self.score(each)[0] for each in self.tries(name)) < CHANCE
-
     def finalists(self, name: str) -> list[Run]:
-        """A method's two best tries, at full length with the first seed; if hopeless, the best."""
-        best = sorted(self.tries(name), key=self.score, reverse=True)
-        best = best[: 1 if self.hopeless(name) else 2]
+        """A method's two best tries, at full length with the first seed; of none the best."""
+        count = 1 if name == "none" else 2
+        best = sorted(self.tries(name), key=self.score, reverse=True)[:count]
         return [Run(name, each.choice, self.args.seeds[0]) for each in best]
 
     def finals(self) -> None:
@@ -294,11 +290,11 @@ class Table:
         print(markdown_table(rows, left=(0, 1)))
 
     def runs(self) -> list[Run]:
-        """The networks of the table, seed by seed; a hopeless method has one seed."""
+        """The networks of the table, seed by seed; none, at 0 under any attack, has one seed."""
         chosen = [max(self.finalists(name), key=self.best_score) for name in self.methods]
         pairs = itertools.product(self.args.seeds, chosen)
         found = [each._replace(seed=seed) for seed, each in pairs]
-        return [each for each in found if each in chosen or not self.hopeless(each.name)]
+        return [each for each in found if each in chosen or each.name != "none"]
 
     def train(self) -> None:
         """The networks of the table."""
