@@ -117,9 +117,9 @@ class Table:
         count = len(self.train_set)
         self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
         self.times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-        if "time" not in args.stages and self.untimed():
-            first, key = self.title(self.untimed()[0]), self.key
-            raise UserError(f"{TIMES} has no times of '{key}', {first}: run --stages time first")
+        new = ", ".join(map(self.title, self.untimed()))
+        if new and "time" not in args.stages:
+            raise UserError(f"{TIMES} has no times of '{self.key}', {new}: run --stages time first")
 
     def title(self, name: str) -> str:
         """A method's name; of a variant with its flags, for others are another variant."""

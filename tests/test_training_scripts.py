@@ -430,15 +430,15 @@ def test_evaluate_only(command, grey_folder, tmp_path, flags):
 
 def test_the_held_out_images_are_evaluated(command, grey_folder, tmp_path):
     """--split held-out takes the images by which the best network was chosen."""
-    assert command(SHORT.replace("--val_size 8", ""), data=grey_folder, save=tmp_path)[0] == 0
+    flags = SHORT.replace("--val_size 8", "--nlabel 40")
+    assert command(flags, data=grey_folder, save=tmp_path)[0] == 0
     (log,) = tmp_path.rglob("log.txt")
     words = f"--model_path {log.parent} --data_dir {grey_folder} --split held-out --num_steps 1"
     words += f" --output {tmp_path / 'report.json'}"
     assert run_evaluation(MNIST_eval.DEFAULTS, "", words.split()) == 0
     report, found = json.loads((tmp_path / "report.json").read_text()), read_log(log)
-    assert (
-        report["test_set"] == load_checkpoint(log.parent / "model_best.pth.tar")["args"]["val_size"]
-    )
+    stated = load_checkpoint(log.parent / "model_best.pth.tar")["args"]
+    assert report["test_set"] == stated["val_size"] == stated["nlabel"] // 10
     assert report["clean_accuracy"] == found["Held-out Acc."][0]
 
 
