@@ -49,7 +49,6 @@ class Dense(nn.Module):
 def epoch_of(loss_of, network, progress=None, batches=None, **options):
     settings = {
         "rate": lambda when: 0.1,
-        "lambada": lambda when: 0.5,
         "max_batches": 3,
         **options,
     }
@@ -66,9 +65,9 @@ def test_means_are_weighted_by_samples():
     """Batches of 4, 4 and 3: losses 1, 2, 6 have the mean (4 + 8 + 18) / 11."""
     network, losses, seen = Dense(), iter([1.0, 2.0, 6.0]), []
 
-    def loss_of(x, y, noise, lambada):
+    def loss_of(x, y, noise, when):
         value = next(losses)
-        seen.append((len(y), tuple(noise.shape) == tuple(x.shape), lambada))
+        seen.append((len(y), tuple(noise.shape) == tuple(x.shape)))
         logits = F.one_hot(y, 3).float()
         logits[0] = -logits[0]  # the first answer of each batch is wrong
         total = network.dense.weight.sum() * 0 + value
@@ -76,7 +75,7 @@ def test_means_are_weighted_by_samples():
 
     reported = []
     means, progress = epoch_of(loss_of, network, after_step=lambda v: reported.append(v["loss"]))
-    assert [count for count, *_ in seen] == [4, 4, 3] and all(same for _, same, _ in seen)
+    assert [count for count, _ in seen] == [4, 4, 3] and all(same for _, same in seen)
     assert means["loss"] == pytest.approx(30 / 11)
     assert means["natural"] == pytest.approx(15 / 11)
     assert means["penalty"] == pytest.approx(300 / 11)
@@ -88,16 +87,12 @@ def test_means_are_weighted_by_samples():
 
 def test_schedules_are_asked_at_the_right_times():
     """Time in epochs: that of the step's beginning."""
-    network, asked = Dense(), {"rate": [], "lambada": []}
-
-    def noted(name, value):
-        return lambda when: asked[name].append(when) or value
-
+    network, asked = Dense(), {"rate": [], "loss": []}
     optimizer = torch.optim.SGD(network.parameters(), 99.0)
     rates = []
 
-    def loss_of(x, y, noise, lambada):
-        assert lambada == 0.25
+    def loss_of(x, y, noise, when):
+        asked["loss"].append(when)
         rates.append(optimizer.param_groups[0]["lr"])
         return DefenseLoss(network, Defense("none", Ball("l_inf", 0.1), 0.1, 1))(x, y, noise, 0)
 
@@ -106,10 +101,9 @@ def test_schedules_are_asked_at_the_right_times():
         network,
         progress=Progress(epoch=2),
         optimizer=optimizer,
-        rate=noted("rate", 0.125),
-        lambada=noted("lambada", 0.25),
+        rate=lambda when: asked["rate"].append(when) or 0.125,
     )
-    assert asked["rate"] == asked["lambada"] == pytest.approx([2, 2 + 1 / 3, 2 + 2 / 3])
+    assert asked["rate"] == asked["loss"] == pytest.approx([2, 2 + 1 / 3, 2 + 2 / 3])
     assert rates == [0.125] * 3
 
 
@@ -134,10 +128,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(bad):
     loss = DefenseLoss(network, Defense("none", Ball("l_inf", 0.1), 0.1, 1))
     steps, weights = [], []
 
-    def loss_of(x, y, noise, lambada):
+    def loss_of(x, y, noise, when):
         steps.append(1)
         weights.append(copy.deepcopy(network.state_dict()))
-        terms = loss(x, y, noise, lambada)
+        terms = loss(x, y, noise, when)
         return terms._replace(total=terms.total + bad) if len(steps) == 3 else terms
 
     progress = Progress(epoch=1)
@@ -171,19 +165,18 @@ def test_an_epoch_in_two_parts_equals_one(name, after):
     def run(network, optimizer, progress, stop=None):
         batches = Batches(data, 5, shuffle=True, augment=True, seed=4)
         batches.epoch = progress.epoch
-        defense = Defense("lfr", Ball("l_inf", 0.1), 0.05, 1)
+        loss = DefenseLoss(network, Defense("lfr", Ball("l_inf", 0.1), 0.05, 1))
 
         def after_step(values):
             if progress.batch == stop:
                 raise Stop
 
         means, _ = epoch_of(
-            DefenseLoss(network, defense),
+            lambda x, y, noise, when: loss(x, y, noise, 0.1 * when),
             network,
             progress,
             batches,
             optimizer=optimizer,
-            lambada=lambda when: 0.1 * when,
             after_step=after_step,
         )
         return means
@@ -361,7 +354,7 @@ def test_learning_rates_stay_between_zero_and_the_peak(name, epochs):
 
 def test_lambada_s_warm_up():
     flags = {"lr": 0.1, "lr_schedule": "constant", "epochs": 30, "lambada": 0.4}
-    for at_start, epochs in ((0.0, 0), (0.1, 3), (0.13, 3), (0.7, 21)):
+    for at_start, epochs in ((0.0, 0), (0.1, 3), (0.13, 3.9), (0.7, 21)):
         _, weight, start = schedules(SimpleNamespace(warmup=2.0, at_start=at_start, **flags))
         assert start == epochs  # of adversarial training, after which lambada rises
         found = [weight(start + when) for when in (0, 0.5, 1, 2, 9)]

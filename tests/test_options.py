@@ -266,7 +266,6 @@ def test_a_checkpoint_s_flags_as_a_command_line():
         ("--schedule", ["--schedule", "expected at least one argument"]),
         ("--schedule 5 --lr_schedule cosine", ["--schedule", "--lr_schedule"]),
         ("--start_epoch 100", ["--start_epoch 100", "--epochs 100"]),
-        ("--at_start 0.3 --epochs 3", ["--at_start 0.3", "--epochs 3"]),
         ("--warmup 101", ["--warmup", "--epochs 100"]),
         ("--step_size 0", ["--step_size 0"]),
         ("--defense igr --num_steps 3", ["--num_steps 3", "igr"]),

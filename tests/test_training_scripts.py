@@ -24,6 +24,7 @@ import cifar_defense
 import MNIST_defense
 import MNIST_eval
 from tests.helpers import save_checkpoint
+from tests.test_board import read as read_scalars
 from utils import training
 from utils.board import Board
 from utils.checkpoints import load_checkpoint
@@ -519,16 +520,24 @@ def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):
 
 
 def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
-    """Epochs of `at`, then of the defense, whose networks alone can be the best."""
+    """Steps of `at`, then of the defense; the best epoch is one that is all by the defense."""
     flags = f"{SHORT} --lr_schedule constant --lr 0.1 --lambada 50 --probe_epsilon 0 --epochs 3"
-    for name, more in (("at", "--defense at"), ("both", "--at_start 0.7")):
+    logs = {}
+    for name, more, epochs in (
+        ("at", "--defense at", 3),
+        ("whole", "--at_start 2/3", 2),
+        ("half", "--at_start 1/2", 1),
+    ):
         assert command(f"{flags} {more}", data=grey_folder, save=tmp_path / name)[0] == 0
-    at, both = (next((tmp_path / name).rglob("log.txt")) for name in ("at", "both"))
-    logs = [read_log(path) for path in (at, both)]
-    for column in ("Train Loss", "Held-out Acc.", "loss gradient"):
-        assert logs[0][column][:2] == logs[1][column][:2]
-    assert logs[1]["loss gradient"][:2] == [0, 0] and logs[1]["loss gradient"][2] > 0
-    assert load_checkpoint(both.parent / "model_best.pth.tar")["epoch"] == 3
+        path = next((tmp_path / name).rglob("log.txt"))
+        log = logs[name] = read_log(path)
+        for column in ("Train Loss", "Held-out Acc.", "loss gradient"):
+            assert log[column][:epochs] == logs["at"][column][:epochs]
+        assert [penalty > 0 for penalty in log["loss gradient"]] == [n >= epochs for n in range(3)]
+        best = load_checkpoint(path.parent / "model_best.pth.tar")["epoch"]
+        assert best == 3 or name == "at"
+    curve = read_scalars(path.parent / "scalars").Scalars("Loss_iter/Loss_gradient")
+    assert [event.value > 0 for event in curve] == [False] * 3 + [True] * 3  # two steps an epoch
 
 
 def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):

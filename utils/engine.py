@@ -43,13 +43,13 @@ class Interrupted(Exception):
 def train_one_epoch(
     loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms], batches: Batches,
     optimizer: torch.optim.Optimizer, progress: Progress, processes: Processes, *,
-    rate: Course, lambada: Course, max_batches: int, amp: bool = False,
+    rate: Course, max_batches: int, amp: bool = False,
     after_step: Callable[[dict[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:  # fmt: skip
     """Train from ``progress.batch``, which is counted on, to the end of an epoch.
 
     Args:
-        loss_of: (images, labels, noise, lambada) -> the terms of the loss.
+        loss_of: (images, labels, noise, time in epochs) -> the terms of the loss.
         amp: compute the loss under bfloat16 autocast.
         after_step: called after each step with its figures; the place for logs and checkpoints.
 
@@ -70,7 +70,7 @@ def train_one_epoch(
             noise = _noise(batches, progress.batch, x)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                terms = loss_of(x, y, noise, lambada(when))
+                terms = loss_of(x, y, noise, when)
             # The processes' gradients are averaged, but their shares of a batch may differ by one.
             share = len(y) * processes.size / batches.global_size(progress.batch)
             (terms.total * share).backward()
@@ -160,9 +160,9 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
     return found
 
 
-def schedules(args: argparse.Namespace) -> tuple[Course, Course, int]:
-    """Learning rate and lambada by the time in epochs, and the number of epochs trained by at."""
-    total, start = args.epochs, int(args.at_start * args.epochs + 1e-6)  # 0.29 of 100 are 29
+def schedules(args: argparse.Namespace) -> tuple[Course, Course, float]:
+    """Learning rate and lambada by the time in epochs, and the time when training by at ends."""
+    total, start = args.epochs, round(args.at_start * args.epochs, 6)  # 0.29 of 100 is 29
 
     def onecycle(when: float) -> float:
         rising, falling = when / (0.3 * total), (total - when) / (0.7 * total)

@@ -261,7 +261,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         "in small steps; fast: ascent of the loss, the same flatness in fewer passes")
     add("--lambada --lambda", get("lambada"), WEIGHT, "weight of the flatness in the loss")
     add("--warmup", 0.0, number("EPOCHS"), "epochs over which lambada rises linearly from 0")
-    add("--at_start", 0.0, SHARE, "first share of the epochs that trains by at, rounded down")
+    add("--at_start", 0.0, SHARE, "first share of the steps, which train by at")
     add("--beta", 6.0, WEIGHT, "weight of the robust term of trades")
     add("--bn_mode", "shared", one_of(*BN_MODES),
         "statistics of BatchNorm; mixed is the original's, see docs/failure_case.md")
@@ -329,8 +329,6 @@ def settle_training(
     check_ball(args, "epsilon", "probe_epsilon")
     if args.start_epoch >= args.epochs and not args.evaluate:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
-    if 0 < args.at_start * args.epochs < 1:
-        raise UserError(f"--at_start {args.at_start:g} of --epochs {args.epochs} is no epoch")
     if args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}")
     return args

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -27,7 +27,7 @@ from utils.datasets import augmentation, load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.engine import Interrupted, Progress
 from utils.errors import UserError
-from utils.lfr import Ball, inner_maximization
+from utils.lfr import Ball, LossTerms, inner_maximization
 from utils.lfr.batch_norm import has_batch_norm, mode
 from utils.options import Parser, doubtful_steps, settle_training, training_parser
 from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder, write_atomic
@@ -286,10 +286,11 @@ class _Training:
         )  # fmt: skip
         names = ("step_size", "num_steps", "search", "bn_mode", "beta")
         defense = Defense(args.defense, self.ball, **{name: getattr(args, name) for name in names})
-        objective = loss_of = DefenseLoss(self.network, defense)
+        objective = DefenseLoss(self.network, defense)
+        wrapped: nn.Module = objective
         if run.size > 1:
             devices = [run.device] if run.device.type == "cuda" else None
-            loss_of = DistributedDataParallel(loss_of, device_ids=devices)
+            wrapped = DistributedDataParallel(objective, device_ids=devices)
         if folder is not None:
             log = Log(folder.path / LOG, COLUMNS, progress.epoch - args.start_epoch)
             board = stack.enter_context(Board(folder.scalars))
@@ -318,22 +319,25 @@ class _Training:
             if asked:
                 raise Interrupted
 
-        rate, lambada, at_epochs = engine.schedules(args)
+        rate, lambada, start = engine.schedules(args)
+
+        def loss_of(x: Tensor, y: Tensor, noise: Tensor, when: float) -> LossTerms:
+            objective.defense = replace(defense, name="at" if when < start else args.defense)
+            return wrapped(x, y, noise, lambada(when))
+
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
-            start = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
-            by = "at" if progress.epoch < at_epochs else args.defense
-            objective.defense = replace(defense, name=by)
-            if progress.epoch <= at_epochs:  # no network of the start is the best of the defense
+            first = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
+            if progress.epoch <= math.ceil(start):  # before, no epoch is all by the defense
                 progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
-                loss_of, batches, self.optimizer, progress, run, rate=rate, lambada=lambada,
+                loss_of, batches, self.optimizer, progress, run, rate=rate,
                 max_batches=min(args.max_steps or len(batches), len(batches)), amp=args.amp,
                 after_step=after_step,
             )  # fmt: skip
             if folder is not None:
-                self._report(folder, log, board, {**start, **means}, batches)
+                self._report(folder, log, board, {**first, **means}, batches)
                 saved = time.monotonic()
             run.barrier()
             if stop.received is not None:
