@@ -12,7 +12,8 @@ One command makes a table; given again, it resumes. Its stages:
   accuracy (PGD) on held-out training images after the last epoch; among equals, clean accuracy.
 * finals: these two at full length with the first seed. The method's flags are those of the better
   one, by the repository's rule: clean and robust accuracy on held-out images at the best epoch.
-* train: these flags with the other seeds.
+* train: these flags with the other seeds. Flags by which a full training fails, with any seed, are
+  out; where none are left, the next best try follows.
 * attack: of each network the epoch that the repository's rule chooses by held-out images.
 * table: mean and range over the seeds, and everything as JSON.
 
@@ -160,8 +161,8 @@ class Table:
         return path.with_name(f"{path.name}_{attack}_{epsilon.replace('/', '_')}.json")
 
     def train_one(self, each: Run) -> None:
-        """Train one network, unless it is trained, or diverged, which is a result as well."""
-        if self.diverged(each) or self.complete(each):
+        """Train one network, unless that is done, or failed, which is a result as well."""
+        if self.done(each):
             return
         epochs, steps = self.length(each)
         words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
@@ -171,7 +172,7 @@ class Table:
         try:
             run([*words, "--resume", "auto"], self.output(each))
         except UserError:
-            if not self.diverged(each):
+            if not self.done(each):
                 raise
 
     def train_all(self, runs: list[Run]) -> None:
@@ -240,29 +241,37 @@ class Table:
         log = self.path(each) / LOG
         return log.exists() and len(read_log(log)["Seconds"]) == self.length(each)[0]
 
-    def diverged(self, each: Run) -> bool:
-        """Whether a training ended with a loss that is not finite."""
-        output = self.output(each)
-        return output.exists() and "error: the loss is" in output.read_text()
-
-    def counts(self, each: Run) -> bool:
-        """Whether a training can be chosen: not if it diverged. UserError: not trained."""
-        if self.diverged(each):
-            return False
-        if self.complete(each):
+    def failed(self, each: Run) -> bool:
+        """Whether a training diverged, or fell back to a constant answer, which is for good."""
+        output, log = self.output(each), self.path(each) / LOG
+        if output.exists() and "error: the loss is" in output.read_text():
             return True
-        raise UserError(f"{self.path(each)} is not trained: run the stages before this one")
+        accuracies = read_log(log)["Held-out Acc."] if log.exists() else []
+        return bool(accuracies) and accuracies[-1] < max(accuracies) / 2
+
+    def done(self, each: Run) -> bool:
+        """Whether nothing is left to do for a training."""
+        return self.complete(each) or self.failed(each)
 
     def score(self, each: Run) -> tuple[float, float]:
-        """Held-out robust and clean accuracy after the last epoch of a try; 0 if it diverged."""
-        if not self.counts(each):
+        """Held-out robust and clean accuracy after the last epoch of a try; 0 if it failed."""
+        self.require(each)
+        if not self.complete(each):
             return 0.0, 0.0
         log = read_log(self.path(each) / LOG)
         return log["Held-out Robust Acc."][-1], log["Held-out Acc."][-1]
 
     def best_score(self, each: Run) -> float:
-        """Of a full training's best epoch, by the repository's rule; 0 if it diverged."""
-        return load_checkpoint(self.path(each) / BEST)["best_acc"] if self.counts(each) else 0.0
+        """Of a full training's best epoch, by the repository's rule; 0 if any seed's fails."""
+        self.require(each)
+        if any(self.failed(each._replace(seed=seed)) for seed in self.args.seeds):
+            return 0.0
+        return load_checkpoint(self.path(each) / BEST)["best_acc"]
+
+    def require(self, each: Run) -> None:
+        """UserError unless a training is done."""
+        if not self.done(each):
+            raise UserError(f"{self.path(each)} is not trained: run the stages before this one")
 
     def search(self) -> None:
         """Run the tries and print their accuracies."""
@@ -276,15 +285,27 @@ class Table:
         print(markdown_table(rows, left=(0, 2)))
 
     def finalists(self, name: str) -> list[Run]:
-        """A method's two best tries, at full length with the first seed; of none the best."""
+        """A method's best two tries (of none the best), at full length with the first seed.
+
+        While all of them fail, the next best one joins them.
+        """
+        best = sorted(self.tries(name), key=self.score, reverse=True)
+        runs = [Run(name, each.choice, self.args.seeds[0]) for each in best]
         count = 1 if name == "none" else 2
-        best = sorted(self.tries(name), key=self.score, reverse=True)[:count]
-        return [Run(name, each.choice, self.args.seeds[0]) for each in best]
+        while all(self.done(r) and not self.best_score(r) for r in runs[:count]):
+            if count == len(runs):
+                raise UserError(f"{name}: the training fails with all flags that are tried")
+            count += 1
+        return runs[:count]
+
+    def all_finalists(self) -> list[Run]:
+        """Those of all methods."""
+        return [each for name in self.methods for each in self.finalists(name)]
 
     def finals(self) -> None:
         """Train the finalists and print their scores: the best one's flags are the method's."""
-        runs = [each for name in self.methods for each in self.finalists(name)]
-        self.train_all(runs)
+        while not all(map(self.done, runs := self.all_finalists())):
+            self.train_all(runs)
         rows = [["method", "flags", "held-out score of the best epoch (%)"]]
         rows += [[each.name, f"`{each.choice}`", f"{self.best_score(each):.2f}"] for each in runs]
         print(markdown_table(rows, left=(0, 1)))
@@ -298,7 +319,9 @@ class Table:
 
     def train(self) -> None:
         """The networks of the table."""
-        self.train_all(self.runs())
+        while not all(map(self.done, self.runs())):
+            self.train_all(self.runs())
+            self.finals()
 
     def attack(self) -> None:
         """Every network by every attack, all networks by one attack before the next."""

@@ -153,6 +153,33 @@ def test_what_defines_a_training_names_its_folder(commands, table, tmp_path):
     assert len(commands) == 2 * 6
 
 
+def test_flags_that_fail_with_a_seed_are_out(commands, table, monkeypatch, tmp_path):
+    """The best tries are 0.1, 0.4 and 0.2; by two of them a full training ends as a constant."""
+    pretend = equal_cost.run
+
+    def falling(command: list[str], output: Path) -> None:
+        pretend(command, output)
+        if "_eval" not in command[0]:
+            path = Path(command[command.index("--checkpoint") + 1], "log.txt")
+            if any(
+                part in str(path) for part in ("lr_0.1_steps_120_seed_5", "lr_0.4_steps_120_seed_6")
+            ):
+                lines = path.read_text().splitlines()[:4]  # it need not go on to the end
+                path.write_text("\n".join([*lines, "10\t11\t30"]) + "\n")
+
+    monkeypatch.setattr(equal_cost, "run", falling)
+    words = ["--only", "at", "--seeds", 5, 6, "--output", tmp_path / "table.json"]
+    assert table(*words) == 0
+    full = [c for c in commands if "--manualSeed 1 " not in " ".join(c) and "_defense" in c[0]]
+    rates = [(c[c.index("--lr") + 1], c[c.index("--manualSeed") + 1]) for c in full]
+    assert rates == [("0.1", "5"), ("0.4", "5"), ("0.4", "6"), ("0.2", "5"), ("0.2", "6")]
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert "--lr 0.2" in found["rows"]["at"]["flags"] and len(found["rows"]["at"]["runs"]) == 2
+    assert found["search"]["at"]["finals"] == {"--lr 0.1": 0, "--lr 0.4": 0, "--lr 0.2": 70}
+    commands.clear()
+    assert table(*words) == 0 and not commands
+
+
 def test_nothing_is_chosen_before_all_that_compete_are_trained(commands, table, tmp_path):
     words = ["--only", "at", "--seeds", 1]
     for stages, missing in ((["search"], "finals"), (["search", "finals"], "train")):
