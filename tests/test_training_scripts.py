@@ -520,12 +520,13 @@ def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):
 
 
 def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
-    """Steps of `at`, then of the defense; the best epoch is one that is all by the defense."""
+    """Steps of `at`, then of the defense; the best epoch is one with the full loss all along."""
     flags = f"{SHORT} --lr_schedule constant --lr 0.1 --lambada 50 --probe_epsilon 0 --epochs 3"
     logs = {}
     for name, more, epochs in (
         ("at", "--defense at", 3),
         ("whole", "--at_start 2/3", 2),
+        ("warm", "--at_start 1/3 --warmup 1", 1),
         ("half", "--at_start 1/2", 1),
     ):
         assert command(f"{flags} {more}", data=grey_folder, save=tmp_path / name)[0] == 0

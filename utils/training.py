@@ -328,7 +328,7 @@ class _Training:
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
             first = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
-            if progress.epoch <= math.ceil(start):  # before, no epoch is all by the defense
+            if progress.epoch <= math.ceil(start + args.warmup):  # the best one has the full loss
                 progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
