@@ -267,6 +267,7 @@ def test_a_checkpoint_s_flags_as_a_command_line():
         ("--schedule 5 --lr_schedule cosine", ["--schedule", "--lr_schedule"]),
         ("--start_epoch 100", ["--start_epoch 100", "--epochs 100"]),
         ("--warmup 101", ["--warmup", "--epochs 100"]),
+        ("--warmup 11 --at_start 0.9", ["--warmup 11", "--epochs 100 after --at_start 0.9"]),
         ("--step_size 0", ["--step_size 0"]),
         ("--defense igr --num_steps 3", ["--num_steps 3", "igr"]),
         ("-e", ["--evaluate", "--resume"]),
