@@ -330,10 +330,8 @@ def settle_training(
     if args.start_epoch >= args.epochs and not args.evaluate:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
     if args.warmup > round(args.epochs * (1 - args.at_start), 6):
-        rest = f"--epochs {args.epochs}" + f" after --at_start {args.at_start:g}" * bool(
-            args.at_start
-        )
-        raise UserError(f"--warmup {args.warmup:g} is longer than {rest}")
+        behind = f" after --at_start {args.at_start:g}" if args.at_start else ""
+        raise UserError(f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}{behind}")
     return args
 
 
