@@ -161,7 +161,7 @@ class Table:
         return path.with_name(f"{path.name}_{attack}_{epsilon.replace('/', '_')}.json")
 
     def train_one(self, each: Run) -> None:
-        """Train one network, unless that is done, or failed, which is a result as well."""
+        """Train one network, unless that is done; to fail is a result as well."""
         if self.done(each):
             return
         epochs, steps = self.length(each)
@@ -236,18 +236,20 @@ class Table:
         found = grid(self.scripts, name)
         return [Run(name, flags, SEARCH_SEED, self.args.share) for flags in found]
 
+    def log(self, each: Run) -> dict[str, list[float]]:
+        """The log of a training by column, empty before the first epoch."""
+        path = self.path(each) / LOG
+        return read_log(path) if path.exists() else {}
+
     def complete(self, each: Run) -> bool:
         """Whether a training came to its end."""
-        log = self.path(each) / LOG
-        return log.exists() and len(read_log(log)["Seconds"]) == self.length(each)[0]
+        return len(self.log(each).get("Seconds", ())) == self.length(each)[0]
 
     def failed(self, each: Run) -> bool:
         """Whether a training diverged, or fell back to a constant answer, which is for good."""
-        output, log = self.output(each), self.path(each) / LOG
-        if output.exists() and "error: the loss is" in output.read_text():
-            return True
-        accuracies = read_log(log)["Held-out Acc."] if log.exists() else []
-        return bool(accuracies) and accuracies[-1] < max(accuracies) / 2
+        output, accuracies = self.output(each), self.log(each).get("Held-out Acc.") or [0.0]
+        diverged = output.exists() and "error: the loss is" in output.read_text()
+        return diverged or accuracies[-1] < max(accuracies) / 2
 
     def done(self, each: Run) -> bool:
         """Whether nothing is left to do for a training."""
@@ -258,7 +260,7 @@ class Table:
         self.require(each)
         if not self.complete(each):
             return 0.0, 0.0
-        log = read_log(self.path(each) / LOG)
+        log = self.log(each)
         return log["Held-out Robust Acc."][-1], log["Held-out Acc."][-1]
 
     def best_score(self, each: Run) -> float:
@@ -298,14 +300,17 @@ class Table:
             count += 1
         return runs[:count]
 
-    def all_finalists(self) -> list[Run]:
-        """Those of all methods."""
-        return [each for name in self.methods for each in self.finalists(name)]
+    def train_finalists(self) -> list[Run]:
+        """The finalists of all methods, all trained: those that fail may call for the next."""
+        while True:
+            runs = [each for name in self.methods for each in self.finalists(name)]
+            if all(map(self.done, runs)):
+                return runs
+            self.train_all(runs)
 
     def finals(self) -> None:
         """Train the finalists and print their scores: the best one's flags are the method's."""
-        while not all(map(self.done, runs := self.all_finalists())):
-            self.train_all(runs)
+        runs = self.train_finalists()
         rows = [["method", "flags", "held-out score of the best epoch (%)"]]
         rows += [[each.name, f"`{each.choice}`", f"{self.best_score(each):.2f}"] for each in runs]
         print(markdown_table(rows, left=(0, 1)))
@@ -319,9 +324,9 @@ class Table:
 
     def train(self) -> None:
         """The networks of the table."""
-        while not all(map(self.done, self.runs())):
-            self.train_all(self.runs())
-            self.finals()
+        while not all(map(self.done, runs := self.runs())):
+            self.train_all(runs)
+            self.train_finalists()
 
     def attack(self) -> None:
         """Every network by every attack, all networks by one attack before the next."""
@@ -343,7 +348,7 @@ class Table:
         """Print the table; write everything to ``--output``."""
         rows: dict[str, dict] = {}
         for each in self.runs():
-            log, steps = read_log(self.path(each) / LOG), math.prod(self.length(each))
+            log, steps = self.log(each), math.prod(self.length(each))
             found = {"clean (%)": math.nan}
             for attack, _, epsilon in self.attacks:
                 report = json.loads(self.report(each, attack, epsilon).read_text())

@@ -329,7 +329,7 @@ def settle_training(
     check_ball(args, "epsilon", "probe_epsilon")
     if args.start_epoch >= args.epochs and not args.evaluate:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
-    if args.warmup > round(args.epochs * (1 - args.at_start), 6):
+    if args.at_start * args.epochs + args.warmup > args.epochs + 1e-6:
         behind = f" after --at_start {args.at_start:g}" if args.at_start else ""
         raise UserError(f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}{behind}")
     return args
