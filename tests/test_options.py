@@ -158,6 +158,10 @@ def test_pixel_units():
     assert (args.epsilon, args.step_size) == (8 / 255, 2 / 255)
 
 
+def test_warmup_may_fill_what_the_start_by_at_leaves():
+    assert train("--epochs 10 --at_start 2/3 --warmup 10/3").warmup == 10 / 3
+
+
 def test_names_in_any_case():
     args = train("-d mnist --norm L2 --optimizer_type sgd --search FAST --block_name basicblock")
     assert (args.dataset, args.norm, args.optimizer_type) == ("MNIST", "l_2", "SGD")
