@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 import cifar_defense
 import MNIST_defense
+from models import MODELS
 from utils.errors import UserError
-from utils.options import doubtful_steps, settle_training, training_parser
+from utils.options import doubtful_steps, settle_training, training_parser, unused_flags
 
 MNIST, CIFAR = MNIST_defense.DEFAULTS, cifar_defense.DEFAULTS
 
@@ -221,6 +223,33 @@ def test_settings_that_make_no_sense_are_noted(settings, says):
     assert len(notes) == len(says) and all(part in note for part, note in zip(says, notes))
 
 
+@pytest.mark.parametrize(
+    ("line", "unused"),
+    [
+        ("--lambada 0.1 --warmup 1 --bn_mode mixed --momentum 0.5 --gamma 0.5 --drop 0.1", []),
+        ("--defense at --lambada 0.1 --warmup 1 --bn_mode mixed", ["bn_mode", "lambada", "warmup"]),
+        ("--defense igr --lambada 0.1 --beta 3", ["beta"]),
+        ("--defense trades --beta 3", []),
+        ("--optimizer_type Adam --momentum 0.5", ["momentum"]),
+        ("--schedule 5 9 200 --lr_schedule cosine --gamma 0.5", ["gamma", "schedule"]),
+    ],
+)
+def test_given_flags_that_do_nothing_are_noted(line, unused):
+    parser = parser_of()
+    typed = parser.given(line.split())
+    notes = unused_flags(settle_training(parser, MNIST, typed), typed)
+    assert [note.split()[0] for note in notes] == [f"--{name}" for name in unused]
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_the_flags_that_an_architecture_uses(arch):
+    """As its function takes them."""
+    flags = {"depth", "block_name", "widen_factor", "drop", "activation", "norm_layer"}
+    args = argparse.Namespace(arch=arch)
+    unused = {note.split()[0][2:] for note in unused_flags(args, flags)}
+    assert unused == flags - inspect.signature(MODELS[arch]).parameters.keys()
+
+
 def test_a_checkpoint_s_flags_as_a_command_line():
     """What a run was given is given again, whatever the kind of value."""
     line = "--lr 0.2 --schedule 5 7 --amp --no_augment --norm l_2 --epochs 9 --nlabel 100"
@@ -268,7 +297,6 @@ def test_a_checkpoint_s_flags_as_a_command_line():
         ("--schedule 50 50", ["--schedule 50 50", "rising"]),
         ("--schedule 0 50", ["--schedule", "'0'"]),
         ("--schedule", ["--schedule", "expected at least one argument"]),
-        ("--schedule 5 --lr_schedule cosine", ["--schedule", "--lr_schedule"]),
         ("--start_epoch 100", ["--start_epoch 100", "--epochs 100"]),
         ("--warmup 101", ["--warmup", "--epochs 100"]),
         ("--warmup 11 --at_start 0.9", ["--warmup 11", "--epochs 100 after --at_start 0.9"]),

@@ -578,15 +578,16 @@ def test_one_command_starts_and_resumes(command, grey_folder, tmp_path, monkeypa
 def test_a_resumed_run_takes_its_flags_and_its_folder_from_the_checkpoint(
     command, grey_folder, tmp_path, monkeypatch
 ):
-    flags = f"{SHORT} --norm l_2 --lr 0.02{RESNET} --activation silu"
+    flags = f"{SHORT} --norm l_2 --lr 0.02 --schedule 1{RESNET} --activation silu"
     code, _, err = command(flags, data=grey_folder, save=tmp_path / "first")
     assert code == 0, err
     (folder,) = (path.parent for path in tmp_path.rglob("log.txt"))
     monkeypatch.chdir(tmp_path)
     line = f"MNIST_defense.py --data_dir {grey_folder} --resume {folder} --epochs 2 --threads 1"
-    code, out, err = command(line)
+    code, out, err = command(f"{line} --lr_schedule cosine")
     assert code == 0, err
-    assert "other flags: --epochs 1 is now 2\n" in out and f"run folder: {folder}\n" in out
+    assert "other flags: --epochs 1 is now 2; --lr_schedule step is now cosine\n" in out
+    assert "note: --schedule is not used" in out and f"run folder: {folder}\n" in out
     state = load_checkpoint(folder / "checkpoint.pth.tar")
     assert (state["epoch"], state["args"]["norm"], state["args"]["epsilon"]) == (2, "l_2", 1.5)
     assert state["arch"]["activation"] == "silu"

@@ -99,6 +99,21 @@ BATCH, STEPS = integer("SAMPLES", 1, 2**20), integer("N", 0, 100_000)
 SEED = integer("SEED", 0, 2**32 - 1)
 WEIGHT, SHARE = number("WEIGHT"), number("SHARE", 0, 1, below=True)
 LENGTH = number("PIXELS")
+# Training flags that count only with some values of another flag.
+COUNTS_WITH = {
+    "schedule": ("lr_schedule", "step"),
+    "gamma": ("lr_schedule", "step"),
+    "momentum": ("optimizer_type", "SGD"),
+    "lambada": ("defense", "lfr igr"),
+    "warmup": ("defense", "lfr igr"),
+    "bn_mode": ("defense", "lfr igr"),
+    "beta": ("defense", "trades"),
+    "depth": ("arch", "resnet wrn"),
+    "block_name": ("arch", "resnet"),
+    "widen_factor": ("arch", "wrn"),
+    "drop": ("arch", "small_cnn wrn"),
+    "norm_layer": ("arch", "resnet preact_resnet wrn"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -311,10 +326,8 @@ def settle_training(
     if args.dry_run:
         args.epochs, args.max_steps, args.schedule, args.start_epoch = 1, 1, [], 0
         args.warmup, args.at_start, args.probe_size = 0, 0, min(args.probe_size, args.train_batch)
-    if "schedule" not in given:
+    if "schedule" not in given or args.lr_schedule != "step":
         args.schedule = [epoch for epoch in args.schedule if epoch <= args.epochs]
-    elif args.lr_schedule != "step":
-        raise UserError(f"--schedule is for --lr_schedule step, not {args.lr_schedule}")
     if args.schedule != sorted(set(args.schedule)) or max(args.schedule, default=0) > args.epochs:
         text = f"--schedule {' '.join(map(str, args.schedule))}"
         raise UserError(f"{text}: allowed are rising numbers up to --epochs {args.epochs}")
@@ -344,6 +357,17 @@ def check_ball(args: argparse.Namespace, *names: str) -> None:
         if args.norm == "l_inf" and radius is not None and radius > 1:
             wide = f"--{name} {radius:g} is wider than the pixels' range, allowed is 0 to 1"
             raise UserError(f"{wide} with --norm l_inf ({radius:g}/255 = {radius / 255:.4g}?)")
+
+
+def unused_flags(args: argparse.Namespace, given: Iterable[str]) -> list[str]:
+    """One note for each given flag that does nothing, for the value of another one."""
+    notes = []
+    for name in COUNTS_WITH.keys() & set(given):
+        other, values = COUNTS_WITH[name]
+        if (value := getattr(args, other)) not in values.split():
+            counts = f"it counts with {values.replace(' ', ', ')}"
+            notes.append(f"--{name} is not used with --{other} {value}; {counts}")
+    return sorted(notes)
 
 
 def doubtful_steps(norm: str, epsilon: float, num_steps: int, step_size: float) -> list[str]:

@@ -29,7 +29,7 @@ from utils.engine import Interrupted, Progress
 from utils.errors import UserError
 from utils.lfr import Ball, LossTerms, inner_maximization
 from utils.lfr.batch_norm import has_batch_norm, mode
-from utils.options import Parser, doubtful_steps, settle_training, training_parser
+from utils.options import Parser, doubtful_steps, settle_training, training_parser, unused_flags
 from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder, write_atomic
 from utils.runtime import Processes, StopSignal, processes, versions
 
@@ -97,9 +97,7 @@ def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None
 
 def _stated(parser: Parser, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that a checkpoint was trained with, as if they were typed again."""
-    before = dict(checkpoint.get("given") or checkpoint.get("args") or {})
-    if before.get("lr_schedule", "step") != "step":
-        before.pop("schedule", None)  # older checkpoints hold every flag, used or not
+    before = checkpoint.get("given") or checkpoint.get("args") or {}
     return parser.given(parser.words(before, without=OF_THE_COMMAND))
 
 
@@ -234,7 +232,8 @@ class _Training:
             probe = f"PGD-{args.probe_steps}, {args.norm} {args.probe_epsilon:.4g}"
             log(f"{row}  ({probe}, first {args.probe_size})")
             return 0
-        for note in doubtful_steps(args.norm, args.epsilon, args.num_steps, args.step_size):
+        notes = doubtful_steps(args.norm, args.epsilon, args.num_steps, args.step_size)
+        for note in [*notes, *unused_flags(args, self.given)]:
             log(f"note: {note}")
         with ExitStack() as stack:
             folder = self._open_folder(stack)
