@@ -226,8 +226,8 @@ def test_settings_that_make_no_sense_are_noted(settings, says):
 @pytest.mark.parametrize(
     ("line", "unused"),
     [
-        ("--lambada 0.1 --warmup 1 --bn_mode mixed --momentum 0.5 --gamma 0.5 --drop 0.1", []),
-        ("--defense at --lambada 0.1 --warmup 1 --bn_mode mixed", ["bn_mode", "lambada", "warmup"]),
+        ("--lambada 0.1 --bn_mode mixed --momentum 0.5 --gamma 0.5 --drop 0.1", []),
+        ("--defense at --lambada 0.1 --bn_mode mixed", ["bn_mode", "lambada"]),
         ("--defense igr --lambada 0.1 --beta 3", ["beta"]),
         ("--defense trades --beta 3", []),
         ("--optimizer_type Adam --momentum 0.5", ["momentum"]),

@@ -105,7 +105,6 @@ COUNTS_WITH = {
     "gamma": ("lr_schedule", "step"),
     "momentum": ("optimizer_type", "SGD"),
     "lambada": ("defense", "lfr igr"),
-    "warmup": ("defense", "lfr igr"),
     "bn_mode": ("defense", "lfr igr"),
     "beta": ("defense", "trades"),
     "depth": ("arch", "resnet wrn"),
