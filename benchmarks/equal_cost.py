@@ -3,7 +3,9 @@
     python -m benchmarks.equal_cost MNIST --minutes 60 --data_dir DATA
     python -m benchmarks.equal_cost digits --minutes 0.1 --seeds 1000         # a rehearsal
 
-One command makes a table; given again, it resumes. Its stages:
+One command makes a table; given again, it resumes. What is done is kept in one file (``--results``)
+and not done again; for what is missing there, the networks of the run folder are used, or trained
+anew. Its stages:
 
 * time: the cost of a step relative to AT's, in one quiet run in which the methods take turns, kept
   in `step_times.json`. It turns minutes into AT steps, and these into every other method's steps,
@@ -15,7 +17,7 @@ One command makes a table; given again, it resumes. Its stages:
 * train: these flags with the other seeds. Flags by which a full training fails, with any seed, are
   out; where none are left, the next best try follows.
 * attack: of each network the epoch that the repository's rule chooses by held-out images.
-* table: mean and range over the seeds, and everything as JSON.
+* table: mean and range over the seeds.
 
 On a GPU, and with ``--flags``, steps have times of their own and runs a folder of their own.
 ``--extra NAME "FLAGS"`` adds a variant of LFR: its flags come behind LFR's, the tries are the same.
@@ -27,6 +29,7 @@ import json
 import math
 import re
 import statistics
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from timeit import timeit
@@ -43,7 +46,6 @@ from utils.datasets import load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.errors import UserError, run_script
 from utils.lfr import Ball
-from utils.networks import sha256_of
 from utils.options import settle_training, training_parser
 from utils.progress import Bar
 from utils.run_folder import BEST, LOG, read_log, write_atomic
@@ -52,18 +54,19 @@ from utils.tables import markdown_table
 
 TIMES = ROOT / "benchmarks" / "step_times.json"
 BATCH, SEARCH_SEED = 128, 1
+SINGLE = ("none", "igr")  # far behind with any rate: one full training, with one seed
 WARMUP = 1 / 12  # share of the training over which lambda rises
 COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 500 --image_interval 0 "
           "--ckpt_interval 0")  # fmt: skip
-# Of a dataset: the first word of its scripts, training flags, and (attack, test images, epsilon).
+# Of a dataset: the first word of its scripts, training flags, and attack, epsilon: test images.
 _SMALL = "-a small_cnn --epsilon 0.3 --probe_steps 20"
 HALF = {"MNIST": "0.15", "cifar": "4/255"}
 _RESNET = "-a resnet --depth 20 --activation silu --amp --epsilon 8/255 --probe_steps 10"
-_CIFAR = ("PGD", 10_000, "8/255"), ("PGD", 10_000, "0.031"), ("AutoAttack", 1000, "8/255")
+_CIFAR = {"PGD 8/255": 10_000, "PGD 0.031": 10_000, "AutoAttack 8/255": 1000}
 SETTINGS = {
-    "MNIST": ("MNIST", _SMALL, (("PGD", 10_000, "0.3"), ("AutoAttack", 1000, "0.3"))),
+    "MNIST": ("MNIST", _SMALL, {"PGD 0.3": 10_000, "AutoAttack 0.3": 1000}),
     "cifar10": ("cifar", _RESNET, _CIFAR),
-    "digits": ("MNIST", _SMALL, (("PGD", 360, "0.3"),)),
+    "digits": ("MNIST", _SMALL, {"PGD 0.3": 360}),
 }
 METHODS = {name: f"--defense {name}" for name in ("none", "igr")}
 # Four steps of half the radius; LFR's own default on CIFAR-10 is too weak an attack for these two.
@@ -114,6 +117,8 @@ class Table:
         name = re.sub(r"[^\w.]+", "_", f"{self.key}_{args.minutes:g}")
         self.folder = args.runs_dir.resolve() / name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.results = args.results or self.folder / "results.json"
+        self.lock = threading.Lock()
         self.train_set = load_dataset(args.dataset, args.data_dir, train=True)
         count = len(self.train_set)
         self.epoch = (count - min(1000, count // 10)) // BATCH  # steps of a whole epoch
@@ -144,40 +149,85 @@ class Table:
         epochs = math.ceil(steps / self.epoch)
         return epochs, max(1, round(steps / epochs))
 
-    def path(self, each: Run) -> Path:
-        """The folder of a training, after all that defines it: no other one meets its files."""
+    def named(self, each: Run) -> str:
+        """A training, after all that defines it: no other one meets its files and its results."""
         steps = math.prod(self.length(each))
         title = f"{self.title(each.name)} {each.choice} steps {steps} seed {each.seed}"
-        return self.folder / re.sub(r"[^\w.]+", "_", title)
+        return re.sub(r"[^\w.]+", "_", title)
+
+    def path(self, each: Run) -> Path:
+        """The folder of a training."""
+        return self.folder / self.named(each)
 
     def output(self, each: Run) -> Path:
         """What a training printed."""
-        path = self.path(each)
-        return path.with_name(f"{path.name}.out")
+        return self.folder / f"{self.named(each)}.out"
 
-    def report(self, each: Run, attack: str, epsilon: str) -> Path:
-        """Where a network's evaluation goes."""
-        path = self.path(each)
-        return path.with_name(f"{path.name}_{attack}_{epsilon.replace('/', '_')}.json")
+    def best(self, each: Run) -> Path:
+        """The network of a training."""
+        return self.path(each) / BEST
+
+    def content(self) -> dict:
+        """The results so far: ``runs`` by the name of their folder, ``rows`` of the table."""
+        found = {key: getattr(self.args, key) for key in ("dataset", "minutes", "flags", "share")}
+        found |= {"runs": {}, "rows": {}}
+        return found | (json.loads(self.results.read_text()) if self.results.exists() else {})
+
+    def record(self, each: Run, found: dict) -> None:
+        """Add to the results of a training."""
+        with self.lock:
+            content = self.content()
+            content["runs"].setdefault(self.named(each), {}).update(found)
+            self.write(content)
+
+    def write(self, content: dict) -> None:
+        """Keep the results, a list of numbers in one line."""
+        text = re.sub(
+            r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1)
+        )
+        write_atomic(self.results, f"{text}\n".encode())
+
+    def outcome(self, each: Run) -> dict:
+        """The results of a training; empty before it ended."""
+        return self.content()["runs"].get(self.named(each), {})
+
+    def read(self, each: Run) -> dict:
+        """The same from its folder.
+
+        A training has failed, and a best accuracy of 0, if it diverged or fell back to a constant
+        answer, which is for good.
+        """
+        path, output = self.path(each), self.output(each)
+        log = read_log(path / LOG) if (path / LOG).exists() else {}
+        clean, robust = log.get("Held-out Acc.", []), log.get("Held-out Robust Acc.", [])
+        diverged = output.exists() and "error: the loss is" in output.read_text()
+        failed = diverged or (clean and clean[-1] < max(clean) / 2)
+        if not failed and len(clean) < self.length(each)[0]:
+            return {}
+        best = 0.0 if failed else load_checkpoint(self.best(each))["best_acc"]
+        minutes = sum(log.get("Seconds", [])) / 60
+        cpu = versions()["cpu"]
+        return {"robust": robust, "clean": clean, "best": best, "minutes": minutes, "cpu": cpu}
 
     def train_one(self, each: Run) -> None:
-        """Train one network, unless that is done; to fail is a result as well."""
-        if self.done(each):
-            return
-        epochs, steps = self.length(each)
-        words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
-        words += [*each.choice.split(), "--epochs", str(epochs), "--max_steps", str(steps)]
-        words += ["--manualSeed", str(each.seed)]
-        words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(self.path(each))]
-        try:
-            run([*words, "--resume", "auto"], self.output(each))
-        except UserError:
-            if not self.done(each):
-                raise
+        """Train one network, unless its folder has it; to fail is a result as well."""
+        if not self.read(each):
+            epochs, steps = self.length(each)
+            words = [f"{self.scripts}_defense.py", *self.data, *self.flags(each.name)]
+            words += [*each.choice.split(), "--epochs", str(epochs), "--max_steps", str(steps)]
+            words += ["--manualSeed", str(each.seed)]
+            words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(self.path(each))]
+            try:
+                run([*words, "--resume", "auto"], self.output(each))
+            except UserError:
+                if not self.read(each):
+                    raise
+        self.record(each, self.read(each))
 
     def train_all(self, runs: list[Run]) -> None:
         """Train what is not trained yet, ``--jobs`` at a time."""
-        run_each(self.train_one, [(each,) for each in runs], self.args.jobs)
+        missing = [(each,) for each in runs if not self.outcome(each)]
+        run_each(self.train_one, missing, self.args.jobs)
 
     def time(self) -> None:
         """The costs of steps that the file does not have."""
@@ -236,44 +286,22 @@ class Table:
         found = grid(self.scripts, name)
         return [Run(name, flags, SEARCH_SEED, self.args.share) for flags in found]
 
-    def log(self, each: Run) -> dict[str, list[float]]:
-        """The log of a training by column, empty before the first epoch."""
-        path = self.path(each) / LOG
-        return read_log(path) if path.exists() else {}
-
-    def complete(self, each: Run) -> bool:
-        """Whether a training came to its end."""
-        return len(self.log(each).get("Seconds", ())) == self.length(each)[0]
-
-    def failed(self, each: Run) -> bool:
-        """Whether a training diverged, or fell back to a constant answer, which is for good."""
-        output, accuracies = self.output(each), self.log(each).get("Held-out Acc.") or [0.0]
-        diverged = output.exists() and "error: the loss is" in output.read_text()
-        return diverged or accuracies[-1] < max(accuracies) / 2
-
-    def done(self, each: Run) -> bool:
-        """Whether nothing is left to do for a training."""
-        return self.complete(each) or self.failed(each)
-
     def score(self, each: Run) -> tuple[float, float]:
         """Held-out robust and clean accuracy after the last epoch of a try; 0 if it failed."""
-        self.require(each)
-        if not self.complete(each):
-            return 0.0, 0.0
-        log = self.log(each)
-        return log["Held-out Robust Acc."][-1], log["Held-out Acc."][-1]
+        found = self.require(each)
+        return (found["robust"][-1], found["clean"][-1]) if found["best"] else (0.0, 0.0)
 
     def best_score(self, each: Run) -> float:
         """Of a full training's best epoch, by the repository's rule; 0 if any seed's fails."""
-        self.require(each)
-        if any(self.failed(each._replace(seed=seed)) for seed in self.args.seeds):
-            return 0.0
-        return load_checkpoint(self.path(each) / BEST)["best_acc"]
+        seeds = [self.outcome(each._replace(seed=seed)) for seed in self.args.seeds]
+        failed = any(found and not found["best"] for found in seeds)
+        return 0.0 if failed else self.require(each)["best"]
 
-    def require(self, each: Run) -> None:
-        """UserError unless a training is done."""
-        if not self.done(each):
-            raise UserError(f"{self.path(each)} is not trained: run the stages before this one")
+    def require(self, each: Run) -> dict:
+        """The results of a training, or UserError before it ended."""
+        if found := self.outcome(each):
+            return found
+        raise UserError(f"{self.path(each)} is not trained: run the stages before this one")
 
     def search(self) -> None:
         """Run the tries and print their accuracies."""
@@ -287,14 +315,14 @@ class Table:
         print(markdown_table(rows, left=(0, 2)))
 
     def finalists(self, name: str) -> list[Run]:
-        """A method's best two tries (of none the best), at full length with the first seed.
+        """A method's best two tries (of SINGLE the best), at full length with the first seed.
 
         While all of them fail, the next best one joins them.
         """
         best = sorted(self.tries(name), key=self.score, reverse=True)
         runs = [Run(name, each.choice, self.args.seeds[0]) for each in best]
-        count = 1 if name == "none" else 2
-        while all(self.done(r) and not self.best_score(r) for r in runs[:count]):
+        count = 1 if name in SINGLE else 2
+        while all(self.outcome(r) and not self.best_score(r) for r in runs[:count]):
             if count == len(runs):
                 raise UserError(f"{name}: the training fails with all flags that are tried")
             count += 1
@@ -304,7 +332,7 @@ class Table:
         """The finalists of all methods, all trained: those that fail may call for the next."""
         while True:
             runs = [each for name in self.methods for each in self.finalists(name)]
-            if all(map(self.done, runs)):
+            if all(map(self.outcome, runs)):
                 return runs
             self.train_all(runs)
 
@@ -316,68 +344,64 @@ class Table:
         print(markdown_table(rows, left=(0, 1)))
 
     def runs(self) -> list[Run]:
-        """The networks of the table, seed by seed; none, at 0 under any attack, has one seed."""
+        """The networks of the table, seed by seed."""
         chosen = [max(self.finalists(name), key=self.best_score) for name in self.methods]
         pairs = itertools.product(self.args.seeds, chosen)
         found = [each._replace(seed=seed) for seed, each in pairs]
-        return [each for each in found if each in chosen or each.name != "none"]
+        return [each for each in found if each in chosen or each.name not in SINGLE]
 
     def train(self) -> None:
         """The networks of the table."""
-        while not all(map(self.done, runs := self.runs())):
+        while not all(map(self.outcome, runs := self.runs())):
             self.train_all(runs)
             self.train_finalists()
 
     def attack(self) -> None:
         """Every network by every attack, all networks by one attack before the next."""
 
-        def evaluate(each: Run, attack: str, count: int, epsilon: str) -> None:
-            best, report = self.path(each) / BEST, self.report(each, attack, epsilon)
-            digest = sha256_of(best)
-            if report.exists() and json.loads(report.read_text())["checkpoint_sha256"] == digest:
-                return
-            words = [f"{self.scripts}_eval.py", *self.data, "--attack_method", attack]
-            words += ["--epsilon", epsilon, "--num_examples", str(count)]
-            words += ["--model_path", str(best), "--output", str(report)]
-            run(words, report.with_suffix(".out"))
+        def missing(each: Run) -> list[str]:
+            return [attack for attack in self.attacks if attack not in self.outcome(each)]
 
+        def evaluate(each: Run, attack: str) -> None:
+            name, epsilon = attack.split()
+            report = self.path(each) / f"{re.sub('[ /]', '_', attack)}.json"
+            words = [f"{self.scripts}_eval.py", *self.data, "--attack_method", name]
+            words += ["--epsilon", epsilon, "--num_examples", str(self.attacks[attack])]
+            words += ["--model_path", str(self.best(each)), "--output", str(report)]
+            run(words, report.with_suffix(".out"))
+            found = json.loads(report.read_text())
+            kept = {"checkpoint_sha256": found["checkpoint_sha256"], **found["attacks"][name]}
+            self.record(each, {attack: {key: kept[key] for key in kept if key != "versions"}})
+
+        lost = [each for each in self.runs() if missing(each) and not self.best(each).exists()]
+        run_each(self.train_one, [(each,) for each in lost], self.args.jobs)
+        self.train()  # what ended well on one machine may fail on another
         pairs = itertools.product(self.attacks, self.runs())
-        run_each(evaluate, [(each, *attack) for attack, each in pairs], self.args.jobs)
+        todo = [(each, attack) for attack, each in pairs if attack in missing(each)]
+        run_each(evaluate, todo, self.args.jobs)
 
     def table(self) -> None:
-        """Print the table; write everything to ``--output``."""
+        """Print the table, and keep which networks are in it."""
         rows: dict[str, dict] = {}
+        figures: dict[str, list[dict]] = {}
         for each in self.runs():
-            log, steps = self.log(each), math.prod(self.length(each))
-            found = {"clean (%)": math.nan}
-            for attack, _, epsilon in self.attacks:
-                report = json.loads(self.report(each, attack, epsilon).read_text())
-                head = f"{attack} {epsilon}, first {report['num_examples']:,} (%)"
-                found[head] = report["attacks"][attack]["robust_accuracy"]
-                if report["num_examples"] == report["test_set"]:
-                    found["clean (%)"] = report["clean_accuracy"]
-            found["minutes"] = sum(log["Seconds"]) / 60
             flags = f"{self.methods[each.name]} {each.choice}"
-            entry = {"flags": flags, "steps": steps, "runs": {}}
-            curve = {"held_out_robust": log["Held-out Robust Acc."]}
-            rows.setdefault(each.name, entry)["runs"][str(each.seed)] = found | curve
-        cells = [["method", "flags", "steps", *found]]
+            row = {"flags": flags, "steps": math.prod(self.length(each)), "runs": {}}
+            rows.setdefault(each.name, row)["runs"][str(each.seed)] = self.named(each)
+            found = self.require(each)
+            shown = {"clean (%)": found[next(iter(self.attacks))]["clean_accuracy"]}
+            for attack in self.attacks:
+                title = f"{attack}, first {found[attack]['num_examples']:,} (%)"
+                shown[title] = found[attack]["robust_accuracy"]
+            figures.setdefault(each.name, []).append(shown | {"minutes": found["minutes"]})
+        cells = [["method", "flags", "steps", *next(iter(figures.values()))[0]]]
         for name, row in rows.items():
             cells.append([name, f"`{row['flags']}`", f"{row['steps']:,}"])
-            cells[-1] += [spread([each[head] for each in row["runs"].values()]) for head in found]
+            cells[-1] += [spread([each[key] for each in figures[name]]) for key in cells[0][3:]]
         print(markdown_table(cells, left=(0, 1)))
-        searched = {
-            name: {
-                "tries": {each.choice: self.score(each) for each in self.tries(name)},
-                "finals": {each.choice: self.best_score(each) for each in self.finalists(name)},
-            }
-            for name in self.methods
-        }
-        keys = ("dataset", "minutes", "flags", "share")
-        content = {key: getattr(self.args, key) for key in keys} | {"versions": versions()}
-        content |= {"step_times": self.times[self.key], "search": searched, "rows": rows}
-        output = self.args.output or self.folder / "table.json"
-        write_atomic(output, (json.dumps(content, indent=1) + "\n").encode())
+        content = self.content()
+        content["rows"] |= rows
+        self.write(content)
 
 
 def main() -> int:
@@ -398,7 +422,7 @@ def main() -> int:
     add("--runs_dir", type=Path, default=Path("runs/equal_cost"))
     add("--threads", type=positive, default=1, help="CPU threads of a run")
     add("--jobs", type=positive, default=1, help="runs at the same time")
-    add("--output", type=Path, help="JSON with everything")
+    add("--results", type=Path, help="JSON: what is done; default: results.json in the run folder")
     args = parser.parse_args()
     if not (0 < args.minutes < math.inf and 0 < args.share <= 1):
         parser.error("--minutes must be above 0 and finite, --share above 0 and at most 1")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,9 +34,14 @@ def commands(monkeypatch, tmp_path):
         asked.append(command)
         if "_eval" in command[0]:
             path = Path(value(command, "--model_path"))
-            entries = {value(command, "--attack_method"): {"robust_accuracy": 40.0}}
-            report = {"checkpoint_sha256": sha256_of(path), "num_examples": 360, "test_set": 360}
-            report |= {"clean_accuracy": 90.0, "attacks": entries}
+            verdicts = {
+                "robust_accuracy": 40.0,
+                "clean_accuracy": 90.0,
+                "num_examples": 360,
+                "versions": {},
+            }
+            report = {"checkpoint_sha256": sha256_of(path)}
+            report |= {"attacks": {value(command, "--attack_method"): verdicts}}
             Path(value(command, "--output")).write_text(json.dumps(report))
             return
         folder = Path(value(command, "--checkpoint"))
@@ -94,29 +100,28 @@ def test_the_scripts_understand_the_flags(dataset):
 
 def test_a_table_from_nothing(commands, table, tmp_path, capsys):
     words = ["--only", "at", "lfr", "none", "--extra", "wide", "--ema 0.9", "--seeds", 1, 2]
-    words += ["--output", tmp_path / "table.json"]
+    words += ["--results", tmp_path / "results.json"]
     assert table(*words) == 0
     train = [c for c in commands if "_defense" in c[0]]
     # Six tries, two finalists of the first seed, and the better one with the other seed; of `none`
     # there is one network.
     assert len(train) == 3 * (6 + 2 + 1) + 6 + 1 and len(commands) == len(train) + 2 * 3 + 1
-    found = json.loads((tmp_path / "table.json").read_text())
-    assert set(found["rows"]) == set(STEPS) and found["step_times"]["at_seconds"] == 0.5
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["rows"]) == set(STEPS) and len(found["runs"]) == len(train)
+    assert (found["dataset"], found["minutes"]) == ("digits", 1)
     for name, row in found["rows"].items():
         assert row["steps"] == pytest.approx(STEPS[name], rel=0.05)
         assert ("--lr 0.4" if name == "at" else "--lr 0.1") in row["flags"]
-        for run in row["runs"].values():
-            assert run["clean (%)"] == 90 and run["PGD 0.3, first 360 (%)"] == 40
-            assert run["minutes"] == len(run["held_out_robust"]) / 2
+        for run in (found["runs"][title] for title in row["runs"].values()):
+            assert run["PGD 0.3"]["clean_accuracy"] == 90 and run["PGD 0.3"]["num_examples"] == 360
+            assert run["minutes"] == len(run["robust"]) / 2 == len(run["clean"]) / 2
+            assert run["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert "--ema 0.9" in found["rows"]["wide"]["flags"]
-    searched = found["search"]
-    assert searched["lfr"]["tries"]["--lr 0.1 --lambada 0.02"] == [50, 89.9]
-    assert searched["lfr"]["tries"]["--lr 0.05 --lambada 0.02"] == [0, 0]  # diverged
-    assert searched["at"]["finals"] == {"--lr 0.1": 70, "--lr 0.4": 80}
     flags = "--defense at --num_steps 4 --step_size 0.15 --lr 0.4"
     out = capsys.readouterr().out
-    assert f"| at | `{flags}` | 120 | 90.0 (90.0 to 90.0)" in out
+    assert f"| at | `{flags}` | 120 | 90.0 (90.0 to 90.0) | 40.0 (40.0 to 40.0) | " in out
     assert "| at | 12 | `--lr 0.1` | 50.0 | 89.9 |" in out and "| at | `--lr 0.4` | 80.00 |" in out
+    assert "| lfr | 6 | `--lr 0.05 --lambada 0.02` | 0.0 | 0.0 |" in out  # diverged
     # The short trainings of the search have a seed of their own and a tenth of the length.
     seeds = {c[c.index("--manualSeed") + 1] for c in train}
     assert seeds == {"1", "2"} and equal_cost.SEARCH_SEED == 1
@@ -168,14 +173,13 @@ def test_flags_that_fail_with_a_seed_are_out(commands, table, monkeypatch, tmp_p
                 path.write_text("\n".join([*lines, "10\t11\t30"]) + "\n")
 
     monkeypatch.setattr(equal_cost, "run", falling)
-    words = ["--only", "at", "--seeds", 5, 6, "--output", tmp_path / "table.json"]
+    words = ["--only", "at", "--seeds", 5, 6, "--results", tmp_path / "results.json"]
     assert table(*words) == 0
     full = [c for c in commands if "--manualSeed 1 " not in " ".join(c) and "_defense" in c[0]]
     rates = [(c[c.index("--lr") + 1], c[c.index("--manualSeed") + 1]) for c in full]
     assert rates == [("0.1", "5"), ("0.4", "5"), ("0.4", "6"), ("0.2", "5"), ("0.2", "6")]
-    found = json.loads((tmp_path / "table.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
     assert "--lr 0.2" in found["rows"]["at"]["flags"] and len(found["rows"]["at"]["runs"]) == 2
-    assert found["search"]["at"]["finals"] == {"--lr 0.1": 0, "--lr 0.4": 0, "--lr 0.2": 70}
     commands.clear()
     assert table(*words) == 0 and not commands
 
@@ -250,14 +254,19 @@ def test_several_runs_go_on_when_one_fails(capsys):
     scripts.run_each(work, [], 1)
 
 
-def test_a_network_that_changed_is_attacked_again(commands, table, tmp_path):
-    words = ["--only", "at", "--seeds", 1]
+def test_lost_run_folders(commands, table, tmp_path):
+    """The results are enough for a table; a network that is still to be attacked is trained."""
+    words = ["--only", "at", "igr", "--seeds", 1, 2, "--results", tmp_path / "results.json"]
     assert table(*words) == 0
     commands.clear()
-    (best,) = tmp_path.glob("runs/*/at_lr_0.4_steps_120_seed_1/model_best.pth.tar")
-    torch.save(torch.load(best) | {"changed": True}, best)
+    shutil.rmtree(tmp_path / "runs")
+    assert table(*words) == 0 and not commands
+    found = json.loads((tmp_path / "results.json").read_text())
+    del found["runs"]["at_lr_0.4_steps_120_seed_2"]["PGD 0.3"]
+    (tmp_path / "results.json").write_text(json.dumps(found))
     assert table(*words) == 0
-    assert [command[0] for command in commands] == ["MNIST_eval.py"]
+    assert [command[0] for command in commands] == ["MNIST_defense.py", "MNIST_eval.py"]
+    assert commands[0][commands[0].index("--manualSeed") + 1] == "2"
 
 
 def test_spread_over_seeds():

@@ -118,10 +118,11 @@ def test_radius_uses_the_attack_of_the_evaluation(draw, pair, tmp_path, monkeypa
 
 
 def test_cost(draw, tmp_path):
-    runs = {str(seed): {"held_out_robust": [seed, 2 * seed, 3 * seed]} for seed in (10, 20)}
-    rows = {"at": {"runs": runs}, "none": {"runs": {"10": {"held_out_robust": [0.0]}}}}
+    runs = {f"at_{seed}": {"robust": [seed, 2 * seed, 3 * seed]} for seed in (10, 20)}
+    runs["none_10"] = {"robust": [0.0]}
+    rows = {"at": {"runs": {"10": "at_10", "20": "at_20"}}, "none": {"runs": {"10": "none_10"}}}
     report = tmp_path / "table.json"
-    report.write_text(json.dumps({"dataset": "digits", "minutes": 6, "rows": rows}))
+    report.write_text(json.dumps({"dataset": "digits", "minutes": 6, "runs": runs, "rows": rows}))
     draw("cost", report)
 
 

@@ -220,8 +220,8 @@ def cost(args: argparse.Namespace) -> "Figure":
     found = read_json(args.json)
     axes = (figure := new_figure(4.2)).add_subplot()
     for (name, row), colour in zip(found["rows"].items(), itertools.cycle(COLOURS)):
-        runs = row["runs"].values()
-        curve = torch.tensor([run["held_out_robust"] for run in runs], dtype=torch.float64)
+        runs = [found["runs"][name]["robust"] for name in row["runs"].values()]
+        curve = torch.tensor(runs, dtype=torch.float64)
         minutes = found["minutes"] * torch.linspace(0, 1, curve.shape[1] + 1)[1:]
         mean, low, high = curve.mean(0), curve.amin(0), curve.amax(0)
         axes.plot(minutes, mean, color=colour, label=f"{name}: {mean[-1]:.1f}")
@@ -263,7 +263,7 @@ def main() -> int:
     add[radius]("--model", nargs="+", metavar="NAME=FILE", help="without, --json is drawn")
     add[radius]("--json", type=Path, required=True, help="what was measured")
     add[radius]("--epsilons", type=float, nargs="+", default=radii)
-    add[cost]("json", type=Path, help="report of benchmarks/equal_cost.py")
+    add[cost]("json", type=Path, help="results of benchmarks/equal_cost.py")
     args = parser.parse_args()
     save(args.draw(args), args.output)
     return 0
