@@ -61,7 +61,7 @@ COMMON = (f"--lr_schedule onecycle --train_batch {BATCH} --probe_size 500 --imag
 # Of a dataset: the first word of its scripts, training flags, and attack, epsilon: test images.
 _SMALL = "-a small_cnn --epsilon 0.3 --probe_steps 20"
 HALF = {"MNIST": "0.15", "cifar": "4/255"}
-_RESNET = "-a resnet --depth 20 --activation silu --amp --epsilon 8/255 --probe_steps 10"
+_RESNET = "-a resnet --depth 20 --activation silu --epsilon 8/255 --probe_steps 10"
 _CIFAR = {"PGD 8/255": 10_000, "PGD 0.031": 10_000, "AutoAttack 8/255": 1000}
 SETTINGS = {
     "MNIST": ("MNIST", _SMALL, {"PGD 0.3": 10_000, "AutoAttack 0.3": 1000}),
