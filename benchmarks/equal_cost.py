@@ -169,9 +169,13 @@ class Table:
 
     def content(self) -> dict:
         """The results so far: ``runs`` by the name of their folder, ``rows`` of the table."""
-        found = {key: getattr(self.args, key) for key in ("dataset", "minutes", "flags", "share")}
-        found |= {"runs": {}, "rows": {}}
-        return found | (json.loads(self.results.read_text()) if self.results.exists() else {})
+        if self.results.exists():
+            found = json.loads(self.results.read_text())
+            if found["table"] != self.folder.name:
+                raise UserError(f"{self.results} is of {found['table']}, not {self.folder.name}")
+            return found
+        table = {"table": self.folder.name, "dataset": self.args.dataset}
+        return table | {"minutes": self.args.minutes, "runs": {}, "rows": {}}
 
     def record(self, each: Run, found: dict) -> None:
         """Add to the results of a training."""
@@ -370,8 +374,9 @@ class Table:
             words += ["--model_path", str(self.best(each)), "--output", str(report)]
             run(words, report.with_suffix(".out"))
             found = json.loads(report.read_text())
-            kept = {"checkpoint_sha256": found["checkpoint_sha256"], **found["attacks"][name]}
-            self.record(each, {attack: {key: kept[key] for key in kept if key != "versions"}})
+            entry = {"checkpoint_sha256": found["checkpoint_sha256"], **found["attacks"][name]}
+            del entry["versions"]
+            self.record(each, {attack: entry})
 
         lost = [each for each in self.runs() if missing(each) and not self.best(each).exists()]
         run_each(self.train_one, [(each,) for each in lost], self.args.jobs)

@@ -117,10 +117,14 @@ def test_a_table_from_nothing(commands, table, tmp_path, capsys):
             assert run["minutes"] == len(run["robust"]) / 2 == len(run["clean"]) / 2
             assert run["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert "--ema 0.9" in found["rows"]["wide"]["flags"]
+    tried = found["runs"]["lfr_lr_0.1_lambada_0.02_steps_6_seed_1"]
+    assert (tried["robust"][-1], tried["clean"][-1], tried["best"]) == (50, 89.9, 70)
+    assert found["runs"]["lfr_lr_0.05_lambada_0.02_steps_6_seed_1"]["best"] == 0  # diverged
     flags = "--defense at --num_steps 4 --step_size 0.15 --lr 0.4"
     out = capsys.readouterr().out
     assert f"| at | `{flags}` | 120 | 90.0 (90.0 to 90.0) | 40.0 (40.0 to 40.0) | " in out
     assert "| at | 12 | `--lr 0.1` | 50.0 | 89.9 |" in out and "| at | `--lr 0.4` | 80.00 |" in out
+    assert "| at | `--lr 0.1` | 70.00 |" in out
     assert "| lfr | 6 | `--lr 0.05 --lambada 0.02` | 0.0 | 0.0 |" in out  # diverged
     # The short trainings of the search have a seed of their own and a tenth of the length.
     seeds = {c[c.index("--manualSeed") + 1] for c in train}
@@ -180,6 +184,9 @@ def test_flags_that_fail_with_a_seed_are_out(commands, table, monkeypatch, tmp_p
     assert rates == [("0.1", "5"), ("0.4", "5"), ("0.4", "6"), ("0.2", "5"), ("0.2", "6")]
     found = json.loads((tmp_path / "results.json").read_text())
     assert "--lr 0.2" in found["rows"]["at"]["flags"] and len(found["rows"]["at"]["runs"]) == 2
+    ends = [f"at_lr_{end}" for end in ("0.1_steps_120_seed_5", "0.4_steps_120_seed_6")]
+    assert [found["runs"][end]["best"] for end in ends] == [0, 0]
+    assert found["runs"]["at_lr_0.2_steps_120_seed_5"]["best"] == 70
     commands.clear()
     assert table(*words) == 0 and not commands
 
@@ -267,6 +274,8 @@ def test_lost_run_folders(commands, table, tmp_path):
     assert table(*words) == 0
     assert [command[0] for command in commands] == ["MNIST_defense.py", "MNIST_eval.py"]
     assert commands[0][commands[0].index("--manualSeed") + 1] == "2"
+    with pytest.raises(UserError, match="is of digits_1, not digits_2"):
+        table(*words, "--minutes", 2)
 
 
 def test_spread_over_seeds():

@@ -220,7 +220,7 @@ def cost(args: argparse.Namespace) -> "Figure":
     found = read_json(args.json)
     axes = (figure := new_figure(4.2)).add_subplot()
     for (name, row), colour in zip(found["rows"].items(), itertools.cycle(COLOURS)):
-        runs = [found["runs"][name]["robust"] for name in row["runs"].values()]
+        runs = [found["runs"][run]["robust"] for run in row["runs"].values()]
         curve = torch.tensor(runs, dtype=torch.float64)
         minutes = found["minutes"] * torch.linspace(0, 1, curve.shape[1] + 1)[1:]
         mean, low, high = curve.mean(0), curve.amin(0), curve.amax(0)
