@@ -718,6 +718,16 @@ def test_a_note_where_settings_make_no_sense(checkpoint, capsys):
     assert "note: " not in capsys.readouterr().out
 
 
+def test_the_time_left_counts_the_minutes_in_which_no_image_was_done(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    bar = evaluation.Bar(total=10, miniters=0)
+    for minute in range(1, 7):
+        clock[0] = 60.0 * minute
+        bar.update(2 if minute == 6 else 0)
+    assert "[06:00<24:00," in str(bar)  # two of ten in six minutes
+
+
 def test_progress_is_a_line_where_there_is_no_terminal(checkpoint, monkeypatch, capsys):
     class Impatient(evaluation.Bar):
         def __init__(self, *args, **options):

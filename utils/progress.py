@@ -11,6 +11,7 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
         self._plain = not sys.stderr.isatty()
+        options |= {"smoothing": 0}  # tqdm's default forgets the time of updates by 0
         if self._plain:
             options |= {"mininterval": 60, "maxinterval": 60, "delay": 60}
         super().__init__(*args, disable=not shown, leave=False, **options)
