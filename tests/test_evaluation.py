@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -721,11 +722,19 @@ def test_a_note_where_settings_make_no_sense(checkpoint, capsys):
 def test_the_time_left_counts_the_minutes_in_which_no_image_was_done(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    bar = evaluation.Bar(total=10, miniters=0)
+    bar = evaluation.Bar(total=10)
     for minute in range(1, 7):
         clock[0] = 60.0 * minute
         bar.update(2 if minute == 6 else 0)
     assert "[06:00<24:00," in str(bar)  # two of ten in six minutes
+
+
+def test_there_is_a_line_for_every_minute_also_where_steps_slow_down(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    for step in evaluation.Bar(range(8)):
+        clock[0] += 20 if step < 6 else 90
+    assert re.findall(r"(\d+)/8 ", capsys.readouterr().err) == ["3", "6", "7", "8"]
 
 
 def test_progress_is_a_line_where_there_is_no_terminal(checkpoint, monkeypatch, capsys):

@@ -139,8 +139,8 @@ class _Subject:
                 bar.update(len(rows))
 
     def bar(self, name: str, total: int, done: int = 0) -> Bar:
-        options = {"miniters": 0, "unit": "image", "shown": self.process.is_main}
-        return Bar(desc=name, total=total, initial=done, **options)
+        shown = self.process.is_main
+        return Bar(desc=name, total=total, initial=done, unit="image", shown=shown)
 
     def clean(self) -> Tensor:
         """[N] bool: which images the network gets right; UserError if it does not suit them."""

@@ -11,9 +11,10 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
         self._plain = not sys.stderr.isatty()
-        options |= {"smoothing": 0}  # tqdm's default forgets the time of updates by 0
+        # tqdm's defaults forget the time of updates by 0, and show old counts where steps get slow.
+        options |= {"smoothing": 0, "miniters": 0}
         if self._plain:
-            options |= {"mininterval": 60, "maxinterval": 60, "delay": 60}
+            options |= {"mininterval": 60, "delay": 60}
         super().__init__(*args, disable=not shown, leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
