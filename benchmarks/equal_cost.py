@@ -15,7 +15,7 @@ anew. Its stages:
 * finals: these two at full length with the first seed. The method's flags are those of the better
   one, by the repository's rule: clean and robust accuracy on held-out images at the best epoch.
 * train: these flags with the other seeds. Flags by which a full training fails, with any seed, are
-  out; where none are left, the next best try follows.
+  out; where none are left, the next best try follows. `python -m tools.figures cost` draws them.
 * attack: of each network the epoch that the repository's rule chooses by held-out images.
 * table: mean and range over the seeds.
 
@@ -355,10 +355,22 @@ class Table:
         return [each for each in found if each in chosen or each.name not in SINGLE]
 
     def train(self) -> None:
-        """The networks of the table."""
-        while not all(map(self.outcome, runs := self.runs())):
-            self.train_all(runs)
+        """The networks of the table; which ones is kept with the results."""
+        while not all(map(self.outcome, self.runs())):
+            self.train_all(self.runs())
             self.train_finalists()
+        content = self.content()
+        content["rows"] |= self.rows()
+        self.write(content)
+
+    def rows(self) -> dict[str, dict]:
+        """What is in the table: by method its flags, its steps and its runs by seed."""
+        rows: dict[str, dict] = {}
+        for each in self.runs():
+            flags = f"{self.methods[each.name]} {each.choice}"
+            row = {"flags": flags, "steps": math.prod(self.length(each)), "runs": {}}
+            rows.setdefault(each.name, row)["runs"][str(each.seed)] = self.named(each)
+        return rows
 
     def attack(self) -> None:
         """Every network by every attack, all networks by one attack before the next."""
@@ -386,13 +398,9 @@ class Table:
         run_each(evaluate, todo, self.args.jobs)
 
     def table(self) -> None:
-        """Print the table, and keep which networks are in it."""
-        rows: dict[str, dict] = {}
+        """Print the table."""
         figures: dict[str, list[dict]] = {}
         for each in self.runs():
-            flags = f"{self.methods[each.name]} {each.choice}"
-            row = {"flags": flags, "steps": math.prod(self.length(each)), "runs": {}}
-            rows.setdefault(each.name, row)["runs"][str(each.seed)] = self.named(each)
             found = self.require(each)
             shown = {"clean (%)": found[next(iter(self.attacks))]["clean_accuracy"]}
             for attack in self.attacks:
@@ -400,13 +408,10 @@ class Table:
                 shown[title] = found[attack]["robust_accuracy"]
             figures.setdefault(each.name, []).append(shown | {"minutes": found["minutes"]})
         cells = [["method", "flags", "steps", *next(iter(figures.values()))[0]]]
-        for name, row in rows.items():
+        for name, row in self.rows().items():
             cells.append([name, f"`{row['flags']}`", f"{row['steps']:,}"])
             cells[-1] += [spread([each[key] for each in figures[name]]) for key in cells[0][3:]]
         print(markdown_table(cells, left=(0, 1)))
-        content = self.content()
-        content["rows"] |= rows
-        self.write(content)
 
 
 def main() -> int:
