@@ -86,7 +86,9 @@ def test_gradients(draw, pair):
 def test_radius_is_measured_once_and_drawn_again(draw, pair, tmp_path, monkeypatch):
     kept = tmp_path / "radius.json"
     words = ["--json", kept, "--dataset", "digits", "--num_examples", 8]
-    first = draw("radius", "--model", f"one={pair[1]}", *words, "--epsilons", 0.4, 0.001)
+    (run := tmp_path / "run").mkdir()
+    (run / "model_best.pth.tar").write_bytes(pair[1].read_bytes())
+    first = draw("radius", "--model", f"one={run}", *words, "--epsilons", 0.4, 0.001)
     found = json.loads(kept.read_text())
     assert found["epsilons"] == [0, 0.001, 0.4] and found["num_examples"] == 8
     data = load_dataset("digits", ".", train=False).head(8)

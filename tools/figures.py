@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from tools.scripts import positive
 from utils.attacks import family, gradient_budget, misclassified, pgd
+from utils.checkpoints import find_checkpoint
 from utils.data import ImageSet, classes_in_turn
 from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
 from utils.lfr import Ball, input_gradient
 from utils.networks import load_network, sha256_of
 from utils.progress import Bar
-from utils.run_folder import read_log, write_atomic
+from utils.run_folder import BEST, read_log, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,6 +189,7 @@ def measure_radius(args: argparse.Namespace) -> dict[str, Any]:
     x, y, defaults = data.float_images(), data.labels, family(args.dataset, data.in_channels)
     epsilons, networks = sorted(args.epsilons), {}
     for name, file in Bar([text.partition("=")[::2] for text in args.model]):
+        file = find_checkpoint(file, BEST)
         network = load_network(file)[0]
         robust = [~misclassified(network, x, y)]
         for epsilon in epsilons:  # a point of a small ball lies in every larger one
