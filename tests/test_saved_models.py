@@ -59,10 +59,7 @@ def wrong_sums(place: Path) -> list[str]:
 
 
 MODELS = checkpoints(PLACE)
-# A published path may hold a copy of another run's network; a note beside it names that run.
-COPIES = [name for name in MODELS if (PLACE / name).with_name("NOTE.md").exists()]
-OWN = [name for name in MODELS if name not in COPIES]
-BEST = [name for name in OWN if name.endswith("model_best.pth.tar")]
+BEST = [name for name in MODELS if name.endswith("model_best.pth.tar")]
 published = pytest.mark.skipif(not MODELS, reason="savedModel/ holds no networks")
 
 
@@ -101,17 +98,8 @@ def test_the_sums():
     assert wrong_sums(PLACE) == []
 
 
-@pytest.mark.skipif(not COPIES, reason="savedModel/ holds no copies")
-@pytest.mark.parametrize("name", COPIES or ["none"])
-def test_a_copy_is_of_the_network_that_its_note_names(name):
-    copy = PLACE / name
-    run = re.search(r"`(\.\./[^`]+)/`", copy.with_name("NOTE.md").read_text())[1]
-    assert sha256_of(copy) == sha256_of(copy.parent / run / copy.name)
-    assert not copy.with_name("scalars").exists()  # TensorBoard would list the run twice
-
-
 @published
-@pytest.mark.parametrize("name", OWN or ["none"])
+@pytest.mark.parametrize("name", MODELS or ["none"])
 def test_a_network_is_whole(name):
     """It loads, carries its architecture, and lies beside the record of its run."""
     network, checkpoint = load_network(PLACE / name)
@@ -123,6 +111,9 @@ def test_a_network_is_whole(name):
     assert checkpoint["dataset"].split()[0] == record["dataset"].split()[0]  # "(image folder)"
     epochs = len(read_log(folder / "log.txt")["Valid Acc."])
     assert 0 < checkpoint["epoch"] <= epochs
+    if words := re.match(r"lr_([\d.]+)_lambada_([\d.]+)", folder.name):  # the path says it
+        arguments = record["arguments"]
+        assert [*map(float, words.groups())] == [arguments["lr"], arguments["lambada"]]
 
 
 @published
