@@ -356,8 +356,8 @@ class Table:
 
     def train(self) -> None:
         """The networks of the table; which ones is kept with the results."""
-        while not all(map(self.outcome, self.runs())):
-            self.train_all(self.runs())
+        while not all(map(self.outcome, runs := self.runs())):
+            self.train_all(runs)
             self.train_finalists()
         content = self.content()
         content["rows"] |= self.rows()
