@@ -2,10 +2,9 @@
 
 ``savedModel/SHA256SUMS`` (checked as well by ``cd savedModel && sha256sum -c SHA256SUMS``) lists
 every checkpoint; ``savedModel/results.json`` has what each ``model_best.pth.tar`` reaches on the
-first images of its test set::
+first 200 images of its test set::
 
-    {"MNIST/lr_0.1_.../model_best.pth.tar":
-        {"dataset": "MNIST", "num_examples": 1000, "clean": 99.3, "pgd": 95.1}}
+    {"MNIST/lr_0.1_.../model_best.pth.tar": {"dataset": "MNIST", "clean": 100.0, "pgd": 98.0}}
 
 in percent, PGD by the published setting and seed 0, as the evaluation scripts measure it.
 """
@@ -28,7 +27,8 @@ from utils.run_folder import read_log
 
 PLACE = Path(__file__).resolve().parent.parent / "savedModel"
 SUMS, RESULTS = "SHA256SUMS", "results.json"
-TOLERANCE = 0.3  # percent points; other processors round otherwise
+IMAGES = 200
+TOLERANCE = 1.0  # percent points, two images; other processors round otherwise
 
 
 def checkpoints(place: Path) -> list[str]:
@@ -131,37 +131,30 @@ def test_a_kept_report_is_of_the_network_beside_it():
         assert found["robust_accuracy"] == after[-1] <= report["clean_accuracy"]
 
 
-def as_measured(name: str, data_dir: Path):
-    """A network, the images it was measured on, and its entry in the results; or a skip."""
+@published
+@pytest.mark.slow  # the only one: up to half a minute for each network
+@pytest.mark.parametrize("name", BEST or ["none"])
+def test_a_network_is_as_good_as_published(name, data_dir):
     results = json.loads((PLACE / RESULTS).read_text())
     assert name in results, f"{name} is not in savedModel/{RESULTS}"
+    entry = results[name]
     network, checkpoint = load_network(PLACE / name)
     dataset = checkpoint["args"]["dataset"]
     # load_dataset would download what is missing.
-    present = dataset == "digits" or find_image_folder(dataset, data_dir) is not None
-    if not present and not (data_dir / dataset / "raw").is_dir():  # MNIST and FashionMNIST
+    if find_image_folder(dataset, data_dir) is None and not (data_dir / dataset / "raw").is_dir():
         pytest.skip(f"no {dataset} in {data_dir}")
     data = load_dataset(dataset, data_dir, train=False)
-    entry = results[name]
-    if entry.get("dataset", data.name) != data.name:
+    if entry["dataset"] != data.name:
         pytest.skip(f"measured on {entry['dataset']}, here is {data.name}")
-    network = network.to(memory_format=torch.channels_last)
-    return network, data.head(entry["num_examples"]), family(dataset, data.in_channels), entry
 
-
-@published
-@pytest.mark.slow  # the only one: a minute or two for each network
-@pytest.mark.parametrize("name", BEST or ["none"])
-def test_a_network_is_as_good_as_published(name, data_dir):
-    network, data, defaults, entry = as_measured(name, data_dir)
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # one_thread puts it back
-    budget = gradient_budget("PGD", defaults)
-    clean = robust = 0
-    for rows in torch.arange(len(data)).split(200):
-        x = data.float_images(rows).contiguous(memory_format=torch.channels_last)
-        y = data.labels[rows]
-        with torch.no_grad():
-            clean += int((network(x).argmax(1) == y).sum())
-        robust += int(pgd(network, x, y, budget, seed=0, index=rows).robust.sum())
-    assert percent(clean, len(data)) == pytest.approx(entry["clean"], abs=TOLERANCE)
-    assert percent(robust, len(data)) == pytest.approx(entry["pgd"], abs=TOLERANCE)
+    network = network.to(memory_format=torch.channels_last)
+    index = torch.arange(IMAGES)
+    x = data.float_images(index).contiguous(memory_format=torch.channels_last)
+    y = data.labels[index]
+    with torch.no_grad():
+        clean = int((network(x).argmax(1) == y).sum())
+    budget = gradient_budget("PGD", family(dataset, data.in_channels))
+    robust = int(pgd(network, x, y, budget, seed=0, index=index).robust.sum())
+    assert percent(clean, IMAGES) == pytest.approx(entry["clean"], abs=TOLERANCE)
+    assert percent(robust, IMAGES) == pytest.approx(entry["pgd"], abs=TOLERANCE)
