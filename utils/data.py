@@ -79,7 +79,7 @@ def split_validation(train_set: ImageSet, val_size: int, seed: int) -> tuple[Ima
     """(what is left, ``val_size`` held-out samples chosen by ``seed``), both in the old order."""
     if not 0 < val_size < len(train_set):
         there = f"{train_set.name} has {len(train_set)} training samples"
-        raise UserError(f"--val_size {val_size}: must be positive, and {there}")
+        raise UserError(f"--val_size {val_size}: too many or none, {there}")
     order = torch.randperm(len(train_set), generator=keyed_generator("validation", seed))
     held_out, kept = order[:val_size].sort().values, order[val_size:].sort().values
     return train_set.subset(kept), train_set.subset(held_out)

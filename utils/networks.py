@@ -95,6 +95,7 @@ def build_network(
         from torchvision.transforms import Normalize  # importing it takes seconds
 
         if not {len(args.mean), len(args.std)} <= {1, data.in_channels}:
-            raise UserError(f"--mean and --std take 1 or {data.in_channels} values")
+            has = f"{data.name} has {data.in_channels}"
+            raise UserError(f"--mean and --std: give one value, or one for each channel ({has})")
         network = nn.Sequential(Normalize(args.mean, args.std), network)
     return network.to(device, memory_format=torch.channels_last).eval()
