@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cifar_eval
 import MNIST_eval
 from utils.attacks import ATTACKS
-from utils.evaluation_options import evaluation_parser, parse_evaluation
+from utils.evaluation_options import evaluation_parser, parse_evaluation, unused_attack_flags
 
 
 def parse(line, table=MNIST_eval.DEFAULTS):
@@ -71,6 +71,7 @@ def test_pixel_units_and_architectures():
         ("--model_path x --step_size 0", ["--step_size 0"]),
         ("--model_path x --test_batch 0", ["--test_batch", "from 1"]),
         ("--model_path x --mean 0.5", ["--mean and --std"]),
+        ("--model_path x --transfer_from y", ["--transfer_from", "--sanity"]),
         ("--model_path x --std 0", ["--std", "above 0"]),
         ("--model_path x --arch vgg", ["--arch", "vgg", "small_cnn"]),
         ("--network mine", ["--network", "module:function"]),
@@ -83,6 +84,26 @@ def test_mistakes(line, parts):
     text = mistake(line)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("line", "unused"),
+    [
+        ("PGD --norm l_2 --epsilon 1 --num_steps 1 --step_size 1 --restarts 2", []),
+        ("FGSM --norm l_2 --epsilon 0.1", []),
+        ("FGSM --num_steps 1 --step_size 0.1 --restarts 2", ["num_steps", "step_size", "restarts"]),
+        ("FGSM MPGD --num_steps 3 --step_size 0.1 --restarts 2", ["restarts"]),
+        ("AutoAttack Square --epsilon 0.1 --num_steps 3", ["num_steps"]),
+        ("DDNL2 --epsilon 0.1 --num_steps 3", ["epsilon"]),
+        ("JSMA point-wise --norm l_inf --num_steps 3", ["norm", "num_steps"]),
+        ("DDNL2 PGD --epsilon 0.1 --restarts 2", []),
+        ("AutoAttack --num_steps 3 --sanity", []),
+        ("DDNL2 --epsilon 0.1 --report page.html", []),
+    ],
+)
+def test_flags_that_no_chosen_attack_uses_are_noted(line, unused):
+    notes = unused_attack_flags(parse(f"--model_path x --attack_method {line}"))
+    assert [note.split()[0] for note in notes] == [f"--{name}" for name in unused]
 
 
 WORDS = st.sampled_from(

@@ -160,6 +160,14 @@ def test_pixel_units():
     assert (args.epsilon, args.step_size) == (8 / 255, 2 / 255)
 
 
+def test_flags_that_do_nothing_do_not_restrict_the_choice_of_the_best_epoch():
+    """Epochs of the start by at and of the warmup are not chosen: see `_Training._epochs`."""
+    args = train("--defense at --warmup 3 --at_start 0.5")
+    assert args.warmup == args.at_start == 0
+    args = train("--defense trades --warmup 3 --at_start 0.5")
+    assert (args.warmup, args.at_start) == (0, 0.5)
+
+
 def test_warmup_may_fill_what_the_start_by_at_leaves():
     assert train("--epochs 10 --at_start 2/3 --warmup 10/3").warmup == 10 / 3
 
@@ -229,7 +237,8 @@ def test_settings_that_make_no_sense_are_noted(settings, says):
         ("--lambada 0.1 --bn_mode mixed --momentum 0.5 --gamma 0.5 --drop 0.1", []),
         ("--defense at --lambada 0.1 --bn_mode mixed", ["bn_mode", "lambada"]),
         ("--defense igr --lambada 0.1 --beta 3", ["beta"]),
-        ("--defense trades --beta 3", []),
+        ("--defense trades --beta 3 --at_start 0.5 --warmup 3", ["warmup"]),
+        ("--defense at --at_start 0.5 --warmup 3", ["at_start", "warmup"]),
         ("--optimizer_type Adam --momentum 0.5", ["momentum"]),
         ("--schedule 5 9 200 --lr_schedule cosine --gamma 0.5", ["gamma", "schedule"]),
     ],

@@ -33,7 +33,7 @@ from utils.attacks.minimum_norm import ddn, jsma, pointwise
 from utils.data import ImageSet, split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
-from utils.evaluation_options import apply_statement, parse_evaluation
+from utils.evaluation_options import apply_statement, parse_evaluation, unused_attack_flags
 from utils.networks import build_network, sha256_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
@@ -364,7 +364,7 @@ def run_evaluation(
             check_page(args.report)
         path = args.model_path and str(checkpoints.find_checkpoint(args.model_path, BEST))
         checkpoint = checkpoints.load_checkpoint(path) if path else {}
-        notes = apply_statement(args, checkpoint, table)
+        notes = [*unused_attack_flags(args), *apply_statement(args, checkpoint, table)]
         data = load_dataset(args.dataset, args.data_dir, train=args.split != "test")
         checkpoints.check_data(checkpoint, path, data, args.force)
         if args.split == "held-out":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.attacks import ATTACKS
+from utils.attacks.budgets import GRADIENT_ATTACKS, LIBRARY_ATTACKS
 from utils.checkpoints import stated_dataset
 from utils.errors import UserError
 from utils.lfr import NORMS
@@ -27,6 +28,15 @@ from utils.options import (
     number,
     one_of,
 )
+
+# Flags of the attacks that not all of them use.
+USED_BY = {
+    "norm": (*GRADIENT_ATTACKS, *LIBRARY_ATTACKS),
+    "epsilon": (*GRADIENT_ATTACKS, *LIBRARY_ATTACKS),
+    "num_steps": ("PGD", "MPGD", "DDNL2"),
+    "step_size": ("PGD", "MPGD"),
+    "restarts": ("PGD",),
+}
 
 
 def _function_name(text: str) -> str:
@@ -106,12 +116,27 @@ def parse_evaluation(
             raise UserError("--model_path is required (or --network, for a network of your own)")
         if args.arch and (args.model_path is None or args.network):
             raise UserError(f"--arch {args.arch} goes with --model_path, and not with --network")
+        if args.transfer_from and not args.sanity:
+            raise UserError("--transfer_from goes with --sanity")
         if (args.mean is None) != (args.std is None):
             raise UserError("--mean and --std belong together: give both or neither")
         check_ball(args)
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def unused_attack_flags(args: argparse.Namespace) -> list[str]:
+    """One note for each flag that was given and that none of the chosen attacks uses."""
+    # The checks for masking and the report's curve run PGD, whatever the chosen attacks.
+    running = {*args.attack_method, *(["PGD"] if args.sanity or args.report else [])}
+    chosen = ", ".join(args.attack_method)
+    return [
+        f"--{name} is not used by {chosen}; it counts with {', '.join(attacks)}"
+        for name, attacks in USED_BY.items()
+        if getattr(args, name) != (1 if name == "restarts" else None)
+        and not running.intersection(attacks)
+    ]
 
 
 def apply_statement(

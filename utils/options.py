@@ -106,6 +106,8 @@ COUNTS_WITH = {
     "momentum": ("optimizer_type", "SGD"),
     "lambada": ("defense", "lfr igr"),
     "bn_mode": ("defense", "lfr igr"),
+    "warmup": ("defense", "lfr igr"),
+    "at_start": ("defense", "lfr igr trades none"),
     "beta": ("defense", "trades"),
     "depth": ("arch", "resnet wrn"),
     "block_name": ("arch", "resnet"),
@@ -337,6 +339,9 @@ def settle_training(
         if given.get("num_steps"):
             raise UserError(f"--num_steps {args.num_steps}: --defense igr is lfr with 0 steps")
         args.num_steps = 0
+    for name in ("warmup", "at_start"):  # they also decide from which epoch on the best is chosen
+        if args.defense not in COUNTS_WITH[name][1].split():
+            setattr(args, name, 0.0)
     args.probe_epsilon = args.epsilon if args.probe_epsilon is None else args.probe_epsilon
     check_ball(args, "epsilon", "probe_epsilon")
     if args.start_epoch >= args.epochs and not args.evaluate:
