@@ -30,9 +30,10 @@ from utils.options import (
 )
 
 # Flags of the attacks that not all of them use.
+IN_A_BALL = (*GRADIENT_ATTACKS, *LIBRARY_ATTACKS)
 USED_BY = {
-    "norm": (*GRADIENT_ATTACKS, *LIBRARY_ATTACKS),
-    "epsilon": (*GRADIENT_ATTACKS, *LIBRARY_ATTACKS),
+    "norm": IN_A_BALL,
+    "epsilon": IN_A_BALL,
     "num_steps": ("PGD", "MPGD", "DDNL2"),
     "step_size": ("PGD", "MPGD"),
     "restarts": ("PGD",),
