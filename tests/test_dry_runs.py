@@ -53,6 +53,7 @@ COMMANDS = st.tuples(
     flag("lambada", ["0", "0.02", "1"]),
     flag("beta", ["0", "6"]),
     flag("warmup", ["0.5", "1"]),
+    flag("epsilon_warmup", ["1"]),
     flag("bn_mode", BN_MODES),
     flag("lr_schedule", LR_SCHEDULES),
     flag("optimizer_type", OPTIMIZERS),

@@ -323,6 +323,7 @@ def schedule(name: str, **options):
         "gamma": 0.1,
         "schedule": [50, 75],
         "warmup": 0,
+        "epsilon_warmup": 0,
         "at_start": 0,
     }
     return schedules(SimpleNamespace(lr_schedule=name, **{**flags, **options}))[0]
@@ -354,10 +355,19 @@ def test_learning_rates_stay_between_zero_and_the_peak(name, epochs):
 
 def test_lambada_s_warm_up():
     flags = {"lr": 0.1, "lr_schedule": "constant", "epochs": 30, "lambada": 0.4}
+    flags["epsilon_warmup"] = 0
     for at_start, epochs in ((0.0, 0), (0.1, 3), (0.13, 3.9), (0.7, 21)):
-        _, weight, start = schedules(SimpleNamespace(warmup=2.0, at_start=at_start, **flags))
+        _, weight, _, start = schedules(SimpleNamespace(warmup=2.0, at_start=at_start, **flags))
         assert start == epochs  # of adversarial training, after which lambada rises
         found = [weight(start + when) for when in (0, 0.5, 1, 2, 9)]
         assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
     assert weight(1.0) == 0
     assert schedules(SimpleNamespace(warmup=0.0, at_start=0.0, **flags))[1](0) == 0.4
+
+
+def test_epsilon_s_warm_up():
+    flags = {"lr": 0.1, "lr_schedule": "constant", "epochs": 30, "lambada": 0.4, "warmup": 0}
+    flags["at_start"] = 0.9  # it has nothing to do with it
+    widened = schedules(SimpleNamespace(epsilon_warmup=4.0, **flags))[2]
+    assert [widened(when) for when in (0, 1, 3, 4, 20)] == [0, 0.25, 0.75, 1, 1]
+    assert schedules(SimpleNamespace(epsilon_warmup=0.0, **flags))[2](0) == 1

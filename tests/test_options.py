@@ -162,8 +162,9 @@ def test_pixel_units():
 
 def test_flags_that_do_nothing_do_not_restrict_the_choice_of_the_best_epoch():
     """Epochs of the start by at and of the warmup are not chosen: see `_Training._epochs`."""
-    args = train("--defense at --warmup 3 --at_start 0.5")
-    assert args.warmup == args.at_start == 0
+    args = train("--defense at --warmup 3 --at_start 0.5 --epsilon_warmup 3")
+    assert args.warmup == args.at_start == 0 and args.epsilon_warmup == 3
+    assert train("--defense igr --warmup 3 --epsilon_warmup 3").epsilon_warmup == 0
     args = train("--defense trades --warmup 3 --at_start 0.5")
     assert (args.warmup, args.at_start) == (0, 0.5)
 
@@ -239,6 +240,7 @@ def test_settings_that_make_no_sense_are_noted(settings, says):
         ("--defense igr --lambada 0.1 --beta 3", ["beta"]),
         ("--defense trades --beta 3 --at_start 0.5 --warmup 3", ["warmup"]),
         ("--defense at --at_start 0.5 --warmup 3", ["at_start", "warmup"]),
+        ("--defense none --epsilon_warmup 3", ["epsilon_warmup"]),
         ("--optimizer_type Adam --momentum 0.5", ["momentum"]),
         ("--schedule 5 9 200 --lr_schedule cosine --gamma 0.5", ["gamma", "schedule"]),
     ],
@@ -308,6 +310,7 @@ def test_a_checkpoint_s_flags_as_a_command_line():
         ("--schedule", ["--schedule", "expected at least one argument"]),
         ("--start_epoch 100", ["--start_epoch 100", "--epochs 100"]),
         ("--warmup 101", ["--warmup", "--epochs 100"]),
+        ("--epsilon_warmup 11 --epochs 10 --at_start 0.9", ["--epsilon_warmup 11", "--epochs 10"]),
         ("--warmup 11 --at_start 0.9", ["--warmup 11", "--epochs 100 after --at_start 0.9"]),
         ("--step_size 0", ["--step_size 0"]),
         ("--defense igr --num_steps 3", ["--num_steps 3", "igr"]),

@@ -541,6 +541,30 @@ def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
     assert [event.value > 0 for event in curve] == [False] * 3 + [True] * 3  # two steps an epoch
 
 
+def test_epsilon_rises_and_the_step_with_it(command, grey_folder, tmp_path, monkeypatch):
+    used = []
+    forward = training.DefenseLoss.forward
+
+    def recorded(self, *arguments):
+        terms = forward(self, *arguments)
+        used.append((self.defense.ball.epsilon, self.defense.step_size))
+        moved = self.defense.ball.distance(terms.x_adv, arguments[0]).max()
+        assert moved == pytest.approx(used[-1][0], abs=1e-6)
+        return terms
+
+    monkeypatch.setattr(training.DefenseLoss, "forward", recorded)
+    flags = f"{SHORT} --defense at --epsilon 0.4 --step_size 0.8 --epsilon_warmup 2 --epochs 3"
+    assert command(flags, data=grey_folder, save=tmp_path)[0] == 0
+    expected = [
+        (radius, 2 * radius) for radius in (0, 0.1, 0.2, 0.3, 0.4, 0.4)
+    ]  # two steps an epoch
+    assert np.allclose(used, expected)
+    (best,) = tmp_path.rglob("model_best.pth.tar")
+    assert load_checkpoint(best)["epoch"] == 3  # the only one with the whole radius all along
+    curve = read_scalars(best.parent / "scalars").Scalars("Schedule/epsilon")
+    assert [event.value for event in curve] == pytest.approx([0, 0.2, 0.4])
+
+
 def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):
     """The step is named, what to change is said, and the checkpoint is that of the epoch before."""
     places = {"data": grey_folder, "save": tmp_path}

@@ -21,7 +21,7 @@ from utils.runtime import Processes
 
 LR_SCHEDULES = ("step", "cosine", "onecycle", "constant")
 BN_GAP = ("accuracy_eval", "accuracy_batch", "flatness_eval", "flatness_batch")
-Course = Callable[[float], float]  # of the learning rate or lambada: by the time in epochs
+Course = Callable[[float], float]  # of the learning rate, lambada, ...: by the time in epochs
 
 
 @dataclass
@@ -160,8 +160,8 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
     return found
 
 
-def schedules(args: argparse.Namespace) -> tuple[Course, Course, float]:
-    """Learning rate and lambada by the time in epochs, and the time when training by at ends."""
+def schedules(args: argparse.Namespace) -> tuple[Course, Course, Course, float]:
+    """By the time in epochs: rate, lambada, share of epsilon; and the time when at_start ends."""
     total, start = args.epochs, round(args.at_start * args.epochs, 6)  # 0.29 of 100 is 29
 
     def onecycle(when: float) -> float:
@@ -179,4 +179,7 @@ def schedules(args: argparse.Namespace) -> tuple[Course, Course, float]:
         risen = (when - start) / args.warmup if args.warmup else 1.0
         return args.lambada * min(1.0, max(0.0, risen))
 
-    return lambda when: args.lr * share(when), lambada, start
+    def widened(when: float) -> float:
+        return min(1.0, when / args.epsilon_warmup) if args.epsilon_warmup else 1.0
+
+    return lambda when: args.lr * share(when), lambada, widened, start

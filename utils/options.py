@@ -107,6 +107,7 @@ COUNTS_WITH = {
     "lambada": ("defense", "lfr igr"),
     "bn_mode": ("defense", "lfr igr"),
     "warmup": ("defense", "lfr igr"),
+    "epsilon_warmup": ("defense", "lfr at trades"),
     "at_start": ("defense", "lfr igr trades none"),
     "beta": ("defense", "trades"),
     "depth": ("arch", "resnet wrn"),
@@ -277,6 +278,8 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         "in small steps; fast: ascent of the loss, the same flatness in fewer passes")
     add("--lambada --lambda", get("lambada"), WEIGHT, "weight of the flatness in the loss")
     add("--warmup", 0.0, number("EPOCHS"), "epochs over which lambada rises linearly from 0")
+    add("--epsilon_warmup", 0.0, number("EPOCHS"),
+        "epochs over which epsilon, and the step with it, rise linearly from 0")
     add("--at_start", 0.0, SHARE, "first share of the steps, which train by at")
     add("--beta", 6.0, WEIGHT, "weight of the robust term of trades")
     add("--bn_mode", "shared", one_of(*BN_MODES),
@@ -326,7 +329,8 @@ def settle_training(
         raise UserError("--overwrite starts a run again and --resume goes on with it: give one")
     if args.dry_run:
         args.epochs, args.max_steps, args.schedule, args.start_epoch = 1, 1, [], 0
-        args.warmup, args.at_start, args.probe_size = 0, 0, min(args.probe_size, args.train_batch)
+        args.warmup, args.epsilon_warmup, args.at_start = 0, 0, 0
+        args.probe_size = min(args.probe_size, args.train_batch)
     if "schedule" not in given or args.lr_schedule != "step":
         args.schedule = [epoch for epoch in args.schedule if epoch <= args.epochs]
     if args.schedule != sorted(set(args.schedule)) or max(args.schedule, default=0) > args.epochs:
@@ -339,16 +343,18 @@ def settle_training(
         if given.get("num_steps"):
             raise UserError(f"--num_steps {args.num_steps}: --defense igr is lfr with 0 steps")
         args.num_steps = 0
-    for name in ("warmup", "at_start"):  # they also decide from which epoch on the best is chosen
+    # These also decide from which epoch on the best is chosen.
+    for name in ("warmup", "epsilon_warmup", "at_start"):
         if args.defense not in COUNTS_WITH[name][1].split():
             setattr(args, name, 0.0)
     args.probe_epsilon = args.epsilon if args.probe_epsilon is None else args.probe_epsilon
     check_ball(args, "epsilon", "probe_epsilon")
     if args.start_epoch >= args.epochs and not args.evaluate:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
-    if args.at_start * args.epochs + args.warmup > args.epochs + 1e-6:
-        behind = f" after --at_start {args.at_start:g}" if args.at_start else ""
-        raise UserError(f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}{behind}")
+    for name, start in {"warmup": args.at_start, "epsilon_warmup": 0}.items():
+        if start * args.epochs + (length := getattr(args, name)) > args.epochs + 1e-6:
+            behind = f" after --at_start {start:g}" if start else ""
+            raise UserError(f"--{name} {length:g} is longer than --epochs {args.epochs}{behind}")
     return args
 
 

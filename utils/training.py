@@ -49,6 +49,7 @@ FIGURES = (
     ("gap", "BN Gap", "BN_gap/gap", ""),
     *((name, "", f"BN_gap/{name}", "") for name in engine.BN_GAP),
     ("lambada", "", "Schedule/lambada", ""),
+    ("epsilon", "", "Schedule/epsilon", ""),
     ("seconds", "Seconds", "Time/seconds_per_epoch", "seconds"),
 )
 COLUMNS = tuple(column for _, column, _, _ in FIGURES if column)
@@ -318,16 +319,22 @@ class _Training:
             if asked:
                 raise Interrupted
 
-        rate, lambada, start = engine.schedules(args)
+        rate, lambada, widened, start = engine.schedules(args)
 
         def loss_of(x: Tensor, y: Tensor, noise: Tensor, when: float) -> LossTerms:
-            objective.defense = replace(defense, name="at" if when < start else args.defense)
+            ball = Ball(args.norm, args.epsilon * widened(when))
+            steps = {"ball": ball, "step_size": args.step_size * widened(when)}
+            name = "at" if when < start else args.defense
+            objective.defense = replace(defense, name=name, **steps)
             return wrapped(x, y, noise, lambada(when))
 
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
-            first = {"rate": rate(float(progress.epoch)), "lambada": lambada(float(progress.epoch))}
-            if progress.epoch <= math.ceil(start + args.warmup):  # the best one has the full loss
+            when = float(progress.epoch)
+            first = {"rate": rate(when), "lambada": lambada(when)}
+            first["epsilon"] = args.epsilon * widened(when)
+            # The best one has the full loss.
+            if progress.epoch <= math.ceil(max(start + args.warmup, args.epsilon_warmup)):
                 progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
