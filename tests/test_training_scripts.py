@@ -555,10 +555,8 @@ def test_epsilon_rises_and_the_step_with_it(command, grey_folder, tmp_path, monk
     monkeypatch.setattr(training.DefenseLoss, "forward", recorded)
     flags = f"{SHORT} --defense at --epsilon 0.4 --step_size 0.8 --epsilon_warmup 2 --epochs 3"
     assert command(flags, data=grey_folder, save=tmp_path)[0] == 0
-    expected = [
-        (radius, 2 * radius) for radius in (0, 0.1, 0.2, 0.3, 0.4, 0.4)
-    ]  # two steps an epoch
-    assert np.allclose(used, expected)
+    radii = (0, 0.1, 0.2, 0.3, 0.4, 0.4)  # two steps an epoch
+    assert np.allclose(used, [(radius, 2 * radius) for radius in radii])
     (best,) = tmp_path.rglob("model_best.pth.tar")
     assert load_checkpoint(best)["epoch"] == 3  # the only one with the whole radius all along
     curve = read_scalars(best.parent / "scalars").Scalars("Schedule/epsilon")
