@@ -175,11 +175,12 @@ def schedules(args: argparse.Namespace) -> tuple[Course, Course, Course, float]:
         "constant": lambda when: 1.0,
     }[args.lr_schedule]
 
-    def lambada(when: float) -> float:
-        risen = (when - start) / args.warmup if args.warmup else 1.0
-        return args.lambada * min(1.0, max(0.0, risen))
+    def risen(since: float, warmup: float) -> float:
+        return min(1.0, max(0.0, since / warmup)) if warmup else 1.0
 
-    def widened(when: float) -> float:
-        return min(1.0, when / args.epsilon_warmup) if args.epsilon_warmup else 1.0
-
-    return lambda when: args.lr * share(when), lambada, widened, start
+    return (
+        lambda when: args.lr * share(when),
+        lambda when: args.lambada * risen(when - start, args.warmup),
+        lambda when: risen(when, args.epsilon_warmup),
+        start,
+    )

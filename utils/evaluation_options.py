@@ -29,8 +29,8 @@ from utils.options import (
     one_of,
 )
 
-# Flags of the attacks that not all of them use.
 IN_A_BALL = (*GRADIENT_ATTACKS, *LIBRARY_ATTACKS)
+# Flags of the attacks that not all of them use.
 USED_BY = {
     "norm": IN_A_BALL,
     "epsilon": IN_A_BALL,

@@ -329,7 +329,6 @@ def settle_training(
         raise UserError("--overwrite starts a run again and --resume goes on with it: give one")
     if args.dry_run:
         args.epochs, args.max_steps, args.schedule, args.start_epoch = 1, 1, [], 0
-        args.warmup, args.epsilon_warmup, args.at_start = 0, 0, 0
         args.probe_size = min(args.probe_size, args.train_batch)
     if "schedule" not in given or args.lr_schedule != "step":
         args.schedule = [epoch for epoch in args.schedule if epoch <= args.epochs]
@@ -345,7 +344,7 @@ def settle_training(
         args.num_steps = 0
     # These also decide from which epoch on the best is chosen.
     for name in ("warmup", "epsilon_warmup", "at_start"):
-        if args.defense not in COUNTS_WITH[name][1].split():
+        if args.dry_run or args.defense not in COUNTS_WITH[name][1].split():
             setattr(args, name, 0.0)
     args.probe_epsilon = args.epsilon if args.probe_epsilon is None else args.probe_epsilon
     check_ball(args, "epsilon", "probe_epsilon")

@@ -330,11 +330,11 @@ class _Training:
 
         while progress.epoch < args.epochs:
             batches.epoch = progress.epoch
-            when = float(progress.epoch)
+            when = progress.epoch
             first = {"rate": rate(when), "lambada": lambada(when)}
             first["epsilon"] = args.epsilon * widened(when)
             # The best one has the full loss.
-            if progress.epoch <= math.ceil(max(start + args.warmup, args.epsilon_warmup)):
+            if when <= math.ceil(max(start + args.warmup, args.epsilon_warmup)):
                 progress.best = Progress().best
             self.network.train()
             means = engine.train_one_epoch(
