@@ -59,6 +59,7 @@ COMMANDS = st.tuples(
     flag("optimizer_type", OPTIMIZERS),
     flag("momentum", ["0"]),
     flag("weight_decay", ["0.001"]),
+    flag("clip_grad", ["0.5"]),
     flag("ema", ["0.9"]),
     st.sampled_from(["", "--amp"]),
     st.sampled_from(["", "--augment"]),

@@ -61,6 +61,24 @@ def epoch_of(loss_of, network, progress=None, batches=None, **options):
 # -- train_one_epoch ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limit, moved", [(0, 10), (20, 10), (5, 5)])
+def test_a_long_gradient_is_scaled_down_as_a_whole(limit, moved):
+    """48 weights with slope 1, 3 biases with slope sqrt(52 / 3): norm sqrt(48 + 52) = 10."""
+    network, slope = Dense(), math.sqrt(52 / 3)
+    before = copy.deepcopy(network.dense)
+
+    def loss_of(x, y, noise, when):
+        total = network.dense.weight.sum() + slope * network.dense.bias.sum()
+        return LossTerms(total, total.detach(), total.detach(), F.one_hot(y, 3).float(), x)
+
+    epoch_of(loss_of, network, max_batches=1, clip_grad=limit)  # SGD with rate 0.1
+    with torch.no_grad():
+        weight = before.weight - network.dense.weight
+        bias = before.bias - network.dense.bias
+    assert math.hypot(weight.norm(), bias.norm()) == pytest.approx(0.1 * moved, rel=1e-4)
+    assert torch.allclose(bias / slope, weight.mean().expand(3), rtol=1e-3)
+
+
 def test_means_are_weighted_by_samples():
     """Batches of 4, 4 and 3: losses 1, 2, 6 have the mean (4 + 8 + 18) / 11."""
     network, losses, seen = Dense(), iter([1.0, 2.0, 6.0]), []

@@ -563,6 +563,17 @@ def test_epsilon_rises_and_the_step_with_it(command, grey_folder, tmp_path, monk
     assert [event.value for event in curve] == pytest.approx([0, 0.2, 0.4])
 
 
+def test_the_limit_of_the_gradient_is_that_of_the_flag(command, grey_folder, tmp_path):
+    found = []
+    for name, flag in {"still": "--lr 1e-9", "step": "--lr 0.5 --clip_grad 0.01"}.items():
+        flags = f"{SHORT.replace('--max_steps 2', '--max_steps 1')} --weight_decay 0 {flag}"
+        assert command(flags, data=grey_folder, save=tmp_path / name)[0] == 0
+        (path,) = (tmp_path / name).rglob("checkpoint.pth.tar")
+        found.append(load_checkpoint(path)["state_dict"])
+    moved = math.sqrt(sum(float((found[1][k] - found[0][k]).square().sum()) for k in found[0]))
+    assert moved == pytest.approx(0.5 * 0.01, rel=0.01)
+
+
 def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):
     """The step is named, what to change is said, and the checkpoint is that of the epoch before."""
     places = {"data": grey_folder, "save": tmp_path}

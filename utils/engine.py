@@ -43,7 +43,7 @@ class Interrupted(Exception):
 def train_one_epoch(
     loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms], batches: Batches,
     optimizer: torch.optim.Optimizer, progress: Progress, processes: Processes, *,
-    rate: Course, max_batches: int, amp: bool = False,
+    rate: Course, max_batches: int, amp: bool = False, clip_grad: float = 0.0,
     after_step: Callable[[dict[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:  # fmt: skip
     """Train from ``progress.batch``, which is counted on, to the end of an epoch.
@@ -51,6 +51,8 @@ def train_one_epoch(
     Args:
         loss_of: (images, labels, noise, time in epochs) -> the terms of the loss.
         amp: compute the loss under bfloat16 autocast.
+        clip_grad: largest L2 norm of the loss gradient by all weights; a longer one is scaled
+            down to it. 0 = off.
         after_step: called after each step with its figures; the place for logs and checkpoints.
 
     Returns means over the epoch: ``loss``, ``natural``, ``penalty`` (loss per unit of pixel
@@ -60,6 +62,7 @@ def train_one_epoch(
     started = time.monotonic() - progress.seconds
     counts = {"initial": progress.batch, "total": max_batches, "shown": processes.is_main}
     rest = islice(batches.iterate(progress.batch), max_batches - progress.batch)
+    weights = [each for group in optimizer.param_groups for each in group["params"]]
     with Bar(rest, desc=f"epoch {progress.epoch + 1}", **counts) as bar:
         for x, y, _ in bar:
             when = progress.epoch + progress.batch / max_batches
@@ -78,8 +81,10 @@ def train_one_epoch(
             if not math.isfinite(values["loss"]):
                 where = f"in step {progress.batch + 1} of epoch {progress.epoch + 1}"
                 parts = ", ".join(f"{name} {values[name]:g}" for name in ("natural", "penalty"))
-                advice = "try a lower --lr or --lambada, or a --warmup"
+                advice = "try a lower --lr or --lambada, a --warmup or --clip_grad"
                 raise UserError(f"the loss is {values['loss']} {where} ({parts}); {advice}")
+            if clip_grad:
+                nn.utils.clip_grad_norm_(weights, clip_grad)
             optimizer.step()
             progress.batch += 1
             progress.step += 1

@@ -263,6 +263,8 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("--gamma", 0.1, number("FACTOR", 0, 1, above=True), "that factor")
     add("--momentum", 0.9, SHARE, "momentum of SGD")
     add("--weight_decay --wd", get("weight_decay"), number("RATE"), "L2 penalty on the weights")
+    add("--clip_grad", 0.0, number("NORM"),
+        "scale a loss gradient down to this L2 norm, over all weights; 0 = off")
     add("--ema", 0.0, SHARE, "publish averaged weights, of this decay per step; 0 = off")
     add("--amp", False, None, "bfloat16 autocast where it is safe")
 

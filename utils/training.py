@@ -340,7 +340,7 @@ class _Training:
             means = engine.train_one_epoch(
                 loss_of, batches, self.optimizer, progress, run, rate=rate,
                 max_batches=min(args.max_steps or len(batches), len(batches)), amp=args.amp,
-                after_step=after_step,
+                clip_grad=args.clip_grad, after_step=after_step,
             )  # fmt: skip
             if folder is not None:
                 self._report(folder, log, board, {**first, **means}, batches)
