@@ -76,8 +76,8 @@ def test_the_page_says_what_the_json_report_says(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("utils.attacks.masking.require_library", no_library)
     output, path = tmp_path / "results.json", tmp_path / "page.html"
-    assert evaluate("--output", output, "--attack_method", "PGD") == 0
-    flags = ["--attack_method", "FGSM", "PGD", "DDNL2", "--sanity"]  # PGD's verdicts are there
+    assert evaluate("--output", output, "--attack_method", "PGD", "--restarts", 2) == 0
+    flags = "--restarts 2 --sanity --attack_method FGSM PGD DDNL2".split()  # PGD is done
     for _ in range(2):  # our own page may be replaced
         assert evaluate("--output", output, "--report", path, *flags) == 0
     results, page = json.loads(output.read_text()), Page(path)
@@ -112,6 +112,7 @@ def test_the_page_says_what_the_json_report_says(tmp_path, monkeypatch, capsys):
     for key in ("command", "checkpoint_sha256", "data_sha256"):
         assert results[key] in text
     assert "--sanity" in results["command"]
+    assert "5 x 0.05, 2 starts) on the first 60 images" in text
 
 
 def write(path, classes, epsilon=0.3, outputs=None, norm="l_inf"):

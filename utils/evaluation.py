@@ -391,7 +391,7 @@ def run_evaluation(
             "torch": str(torch.__version__),
         }
         settings = Settings(*(getattr(args, name) for name in Settings._fields))
-        budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:4])
+        budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:5])
         words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}
         options |= {"save_to": args.save_adversarial, "process": process}
