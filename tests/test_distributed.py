@@ -33,6 +33,7 @@ def test_two_processes_equal_one(torchrun, tmp_path, capsys):
     done = torchrun(*FLAGS.split(), "--save_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
+    assert "UserWarning" not in done.stderr
     for line in ("device: ", "data: ", "run folder: ", "epoch 1/1 "):
         assert done.stdout.count(line) == 1, done.stdout
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -290,6 +291,8 @@ class _Training:
         wrapped: nn.Module = objective
         if run.size > 1:
             devices = [run.device] if run.device.type == "cuda" else None
+            # Of grey images' kernels, whose layout has two names: no error, and nothing is slower.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
             wrapped = DistributedDataParallel(objective, device_ids=devices)
         if folder is not None:
             log = Log(folder.path / LOG, COLUMNS, progress.epoch - args.start_epoch)
