@@ -291,7 +291,7 @@ class _Training:
         wrapped: nn.Module = objective
         if run.size > 1:
             devices = [run.device] if run.device.type == "cuda" else None
-            # Of grey images' kernels, whose layout has two names: no error, and nothing is slower.
+            # Of grey images' kernels, whose layout has two names: no error, and they are few.
             warnings.filterwarnings("ignore", "Grad strides do not match")
             wrapped = DistributedDataParallel(objective, device_ids=devices)
         if folder is not None:
