@@ -16,6 +16,9 @@ from utils.data import ImageSet
 from utils.datasets import load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+# For what runs before one_thread too: fixtures of a module. Two workers with two threads each, on
+# two cores, take three times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
