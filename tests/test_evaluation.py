@@ -727,6 +727,9 @@ def test_the_time_left_counts_the_minutes_in_which_no_image_was_done(monkeypatch
         clock[0] = 60.0 * minute
         bar.update(2 if minute == 6 else 0)
     assert "[06:00<24:00," in str(bar)  # two of ten in six minutes
+    clock[0] = 660.0
+    bar.update(0)
+    assert "[11:00<24:00," in str(bar)  # at work on the next two: as fast as before
 
 
 def test_there_is_a_line_for_every_minute_also_where_steps_slow_down(monkeypatch, capsys):
