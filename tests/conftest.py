@@ -16,21 +16,16 @@ from utils.data import ImageSet
 from utils.datasets import load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-# For what runs before one_thread too: fixtures of a module. Two workers with two threads each, on
-# two cores, take three times as long.
+# Small tensors are fastest on one thread, and results do not depend on the machine's cores.
+# Set here, it counts for a module's fixtures as well: they run before those of a test.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors are fastest on one thread, and results do not depend on the machine's cores.
-
-    Afterwards the process computes as before: what runs in it may have set either.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Afterwards the process computes as before: what runs in it may have set either."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     torch.set_flush_denormal(False)
 
 
