@@ -84,11 +84,11 @@ def test_table_and_json_say_what_was_found(checkpoint, tmp_path, capsys, monkeyp
     monkeypatch.setattr(evaluation, "family", lambda dataset, channels: one_start)
     output = tmp_path / "results.json"
     names = ["fgsm", "PGD", "MPGD", "jsma", "DDNL2", "pointwise"]
-    flags = ["--attack_method", *names, "--num_examples", 10]
+    flags = ["--attack_method", *names, "--num_examples", 5]
     assert evaluate(checkpoint, *flags, "--output", output) == 0
     report = json.loads(output.read_text())
     assert list(report["attacks"]) == ["FGSM", "PGD", "MPGD", "JSMA", "DDNL2", "point-wise"]
-    assert report["num_examples"] == 10
+    assert report["num_examples"] == 5
     assert report["dataset"] == "digits"
     assert len(report["checkpoint_sha256"]) == 64
     assert "torch" in report["versions"]
