@@ -125,7 +125,14 @@ def test_cost(draw, tmp_path):
     rows = {"at": {"runs": {"10": "at_10", "20": "at_20"}}, "none": {"runs": {"10": "none_10"}}}
     report = tmp_path / "table.json"
     report.write_text(json.dumps({"dataset": "digits", "minutes": 6, "runs": runs, "rows": rows}))
-    draw("cost", report)
+    rows_alone = draw("cost", report)
+    runs["trades_10"] = {"robust": [50.0, 60.0]}
+    report.write_text(json.dumps({"dataset": "digits", "minutes": 6, "runs": runs, "rows": rows}))
+    assert (draw("cost", report) == rows_alone).all()
+    assert (draw("cost", report, "--runs", "trades=trades_*") != rows_alone).any()
+    for wrong in ("at=gone", "at", "at=*_10"):
+        with pytest.raises(UserError, match=r"table\.json: at=.* runs of one length"):
+            draw("cost", report, "--runs", wrong)
 
 
 def test_the_surface_is_that_of_the_loss():

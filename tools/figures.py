@@ -12,6 +12,7 @@ Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
+import fnmatch
 import io
 import itertools
 import json
@@ -220,16 +221,22 @@ def radius(args: argparse.Namespace) -> "Figure":
 def cost(args: argparse.Namespace) -> "Figure":
     """Held-out robust accuracy by minutes of training: mean of the seeds, and their range."""
     found = read_json(args.json)
+    shown = {name: list(row["runs"].values()) for name, row in found["rows"].items()}
+    for name, pattern in (text.partition("=")[::2] for text in args.runs):
+        shown[name] = fnmatch.filter(found["runs"], pattern)
+        if len({len(found["runs"][run]["robust"]) for run in shown[name]}) != 1:
+            line = f"{name}={pattern} is to match runs of one length, not {shown[name]}"
+            raise UserError(f"{args.json}: {line}")
     axes = (figure := new_figure(4.2)).add_subplot()
-    for (name, row), colour in zip(found["rows"].items(), itertools.cycle(COLOURS)):
-        runs = [found["runs"][run]["robust"] for run in row["runs"].values()]
-        curve = torch.tensor(runs, dtype=torch.float64)
+    for (name, runs), colour in zip(shown.items(), itertools.cycle(COLOURS)):
+        curve = torch.tensor([found["runs"][run]["robust"] for run in runs], dtype=torch.float64)
         minutes = found["minutes"] * torch.linspace(0, 1, curve.shape[1] + 1)[1:]
         mean, low, high = curve.mean(0), curve.amin(0), curve.amax(0)
-        axes.plot(minutes, mean, color=colour, label=f"{name}: {mean[-1]:.1f}")
+        seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        axes.plot(minutes, mean, color=colour, label=f"{name}, {seeds}: {mean[-1]:.1f}")
         axes.fill_between(minutes, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="core-minutes of training", ylabel="held-out accuracy under PGD (%)")
-    axes.set(ylim=(0, 101), title=found["dataset"])
+    axes.set(xlim=(0, None), ylim=(0, None), title=found["dataset"])
     axes.legend()
     return figure
 
@@ -266,6 +273,7 @@ def main() -> int:
     add[radius]("--json", type=Path, required=True, help="what was measured")
     add[radius]("--epsilons", type=float, nargs="+", default=radii)
     add[cost]("json", type=Path, help="results of benchmarks/equal_cost.py")
+    add[cost]("--runs", nargs="+", default=[], metavar="NAME=PATTERN", help="besides its rows")
     args = parser.parse_args()
     save(args.draw(args), args.output)
     return 0
