@@ -221,15 +221,15 @@ def radius(args: argparse.Namespace) -> "Figure":
 def cost(args: argparse.Namespace) -> "Figure":
     """Held-out robust accuracy by minutes of training: mean of the seeds, and their range."""
     found = read_json(args.json)
-    shown = {name: list(row["runs"].values()) for name, row in found["rows"].items()}
-    for name, pattern in (text.partition("=")[::2] for text in args.runs):
-        shown[name] = fnmatch.filter(found["runs"], pattern)
-        if len({len(found["runs"][run]["robust"]) for run in shown[name]}) != 1:
-            line = f"{name}={pattern} is to match runs of one length, not {shown[name]}"
-            raise UserError(f"{args.json}: {line}")
+    robust = {run: entry["robust"] for run, entry in found["runs"].items()}
+    shown = {name: row["runs"].values() for name, row in found["rows"].items()}
+    for name, _, pattern in (text.partition("=") for text in args.runs):
+        shown[name] = fnmatch.filter(robust, pattern)
+        if len({len(robust[run]) for run in shown[name]}) != 1:
+            raise UserError(f"{args.json}: {name}={pattern} is to match runs of one length")
     axes = (figure := new_figure(4.2)).add_subplot()
     for (name, runs), colour in zip(shown.items(), itertools.cycle(COLOURS)):
-        curve = torch.tensor([found["runs"][run]["robust"] for run in runs], dtype=torch.float64)
+        curve = torch.tensor([robust[run] for run in runs], dtype=torch.float64)
         minutes = found["minutes"] * torch.linspace(0, 1, curve.shape[1] + 1)[1:]
         mean, low, high = curve.mean(0), curve.amin(0), curve.amax(0)
         seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
@@ -273,7 +273,7 @@ def main() -> int:
     add[radius]("--json", type=Path, required=True, help="what was measured")
     add[radius]("--epsilons", type=float, nargs="+", default=radii)
     add[cost]("json", type=Path, help="results of benchmarks/equal_cost.py")
-    add[cost]("--runs", nargs="+", default=[], metavar="NAME=PATTERN", help="besides its rows")
+    add[cost]("--runs", nargs="+", default=[], metavar="NAME=PATTERN", help="runs to draw, too")
     args = parser.parse_args()
     save(args.draw(args), args.output)
     return 0
