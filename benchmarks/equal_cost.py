@@ -420,7 +420,7 @@ def main() -> int:
     add("dataset", choices=SETTINGS)
     add("--minutes", type=float, default=60.0, help="of one core, by AT")
     add("--stages", nargs="+", choices=stages, default=stages)
-    add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods")
+    add("--only", nargs="*", choices=METHODS, default=list(METHODS), help="these methods")
     add("--extra", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"),
         help="a variant of LFR")  # fmt: skip
     add("--flags", default="", help="training flags that all methods get, as one word")
@@ -435,6 +435,8 @@ def main() -> int:
     args = parser.parse_args()
     if not (0 < args.minutes < math.inf and 0 < args.share <= 1):
         parser.error("--minutes must be above 0 and finite, --share above 0 and at most 1")
+    if not (args.only or args.extra):
+        parser.error("--only without a method needs an --extra")
     table = Table(args)
     for stage in stages:
         if stage in args.stages:

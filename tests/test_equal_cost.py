@@ -227,14 +227,16 @@ def test_the_cost_of_a_step_is_measured_once(table, commands, tmp_path):
 def test_a_start_by_at_costs_what_at_costs(table, commands, tmp_path, monkeypatch):
     seconds = itertools.cycle([1.0, 3.0])  # of a step by at, and of one by the variant's defense
     monkeypatch.setattr(equal_cost, "timeit", lambda step, number: next(seconds))
-    words = ["--only", "at", "--extra", "mix", "--at_start 0.25", "--stages", "time", "--turns", 1]
+    words = ["--only", "--extra", "mix", "--at_start 0.25", "--stages", "time", "--turns", 1]
     (tmp_path / "step_times.json").unlink()
     assert table(*words) == 0
     found = json.loads((tmp_path / "step_times.json").read_text())["digits"]["relative"]
-    assert found == {"at": 1.0, "mix --at_start 0.25": 0.25 + 0.75 * 3}
+    assert found == {"mix --at_start 0.25": 0.25 + 0.75 * 3}
 
 
-@pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "nan"], ["--jobs", "0"]])
+@pytest.mark.parametrize(
+    "words", [["--minutes", "0"], ["--minutes", "nan"], ["--jobs", "0"], ["--only"]]
+)
 def test_senseless_values_are_refused(words, table, commands, capsys):
     with pytest.raises(SystemExit, match="2"):
         table(*words)
