@@ -59,8 +59,9 @@ def initial_point(x: Tensor, ball: Ball, search: str, noise: Tensor | None = Non
     """Where the inner maximisation begins, [N, C, H, W]; ``noise``: standard normal, like ``x``.
 
     ``paper``: Gaussian noise of deviation 0.001; at x itself many a gradient is exactly zero.
-    ``fast``: noise over the inner half of the ball. A few large steps that always begin at x end at
-    the same few points in every epoch; the network learns to be flat there and nowhere else.
+    ``fast``: of deviation epsilon / 4 (l_inf), or about epsilon / 2 long (l_2). A few large steps
+    that always begin at x end at the same points every epoch; the network learns to be flat there
+    and nowhere else.
     """
     noise = torch.randn_like(x) if noise is None else noise
     if search == "paper":
