@@ -16,6 +16,7 @@ DEFAULTS = {
     "block_name": "BasicBlock",
     "widen_factor": 8,
     "drop": 0.0,
+    "activation": "relu",
     "augment": False,
     "schedule": (90,),
     "lr": 0.01,

@@ -15,6 +15,7 @@ DEFAULTS = {
     "block_name": "BasicBlock",
     "widen_factor": 6,
     "drop": 0.0,
+    "activation": "relu",
     "augment": True,
     "schedule": (75, 90, 100),
     "lr": 0.1,

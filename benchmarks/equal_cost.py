@@ -300,11 +300,12 @@ class Table:
         failed = any(found and not found["best"] for found in seeds)
         return 0.0 if failed else self.require(each)["best"]
 
-    def require(self, each: Run) -> dict:
-        """The results of a training, or UserError before it ended."""
-        if found := self.outcome(each):
+    def require(self, each: Run, *attacks: str) -> dict:
+        """The results of a training, with those of ``attacks``, or UserError before they ended."""
+        if (found := self.outcome(each)) and found.keys() >= {*attacks}:
             return found
-        raise UserError(f"{self.path(each)} is not trained: run the stages before this one")
+        what = "attacked" if found else "trained"
+        raise UserError(f"{self.path(each)} is not {what}: run the stages before this one")
 
     def search(self) -> None:
         """Run the tries and print their accuracies."""
@@ -400,7 +401,7 @@ class Table:
         """Print the table."""
         figures: dict[str, list[dict]] = {}
         for each in self.runs():
-            found = self.require(each)
+            found = self.require(each, *self.attacks)
             shown = {"clean (%)": found[next(iter(self.attacks))]["clean_accuracy"]}
             for attack in self.attacks:
                 title = f"{attack}, first {found[attack]['num_examples']:,} (%)"
@@ -437,6 +438,9 @@ def main() -> int:
         parser.error("--minutes must be above 0 and finite, --share above 0 and at most 1")
     if not (args.only or args.extra):
         parser.error("--only without a method needs an --extra")
+    for what, names in (("extra", [*METHODS, *dict(args.extra)]), ("seeds", args.seeds)):
+        if len({*names}) < len(names):
+            parser.error(f"--{what}: {', '.join(map(str, names))} are not all different")
     table = Table(args)
     for stage in stages:
         if stage in args.stages:

@@ -351,13 +351,14 @@ def test_fashion_mnist_as_an_image_folder(tmp_path):
     assert np.array_equal(data.images[0, 0].numpy(), np.asarray(Image.open(shirt)))
 
 
-def test_test_labels_are_those_of_training(tmp_path):
+def test_test_labels_are_those_of_training(tmp_path, capsys):
     root = write_folder(tmp_path, ("ant", "bee", "cat"), count=2)
     for path in (root / "test" / "ant").iterdir():
         path.unlink()
     (root / "test" / "ant").rmdir()
     data = load_dataset("folder", root, train=False)
     assert data.classes == ("ant", "bee", "cat") and data.labels.tolist() == [1, 2, 1, 2]
+    assert capsys.readouterr().out == f"note: {root / 'test'}: 1 of 3 classes have no images\n"
 
 
 @pytest.mark.parametrize("mode,channels", [("L", 1), ("RGB", 3), ("RGBA", 3), ("LA", 1)])
@@ -529,6 +530,15 @@ def test_idx_files_in_the_usual_layouts(tmp_path, name, place, spelling):
         assert data.name == data.source == name and data.labels.tolist() == list(range(10))
         assert np.array_equal(data.images[:, 0].numpy(), IMAGES)
         assert data.classes[0] == ("0" if name == "MNIST" else "T-shirt/top")
+
+
+@pytest.mark.parametrize("place", ["Fashion-MNIST", "fashionmnist/raw"])
+def test_files_that_are_named_after_another_dataset(tmp_path, place):
+    """Those of MNIST and FashionMNIST have the same names."""
+    root = write_idx(tmp_path / "mnist" / place)
+    assert load_dataset("FashionMNIST", root, train=True).name == "FashionMNIST"
+    with pytest.raises(UserError, match="by its name another dataset than --dataset MNIST"):
+        load_dataset("MNIST", root, train=True)
 
 
 IDX_DAMAGE = {

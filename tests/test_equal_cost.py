@@ -197,6 +197,9 @@ def test_nothing_is_chosen_before_all_that_compete_are_trained(commands, table, 
         with pytest.raises(UserError, match="is not trained: run the stages before"):
             table(*words, "--stages", missing)
         assert table(*words, "--stages", *stages) == 0
+    assert table(*words, "--stages", "train") == 0
+    with pytest.raises(UserError, match="is not attacked: run the stages before"):
+        table(*words, "--stages", "table")
 
 
 def test_an_interrupted_search_is_not_a_choice(commands, table, monkeypatch, capsys):
@@ -235,7 +238,15 @@ def test_a_start_by_at_costs_what_at_costs(table, commands, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "words", [["--minutes", "0"], ["--minutes", "nan"], ["--jobs", "0"], ["--only"]]
+    "words",
+    [
+        ["--minutes", "0"],
+        ["--minutes", "nan"],
+        ["--jobs", "0"],
+        ["--only"],
+        ["--extra", "at", ""],
+        ["--seeds", "1", "1"],
+    ],
 )
 def test_senseless_values_are_refused(words, table, commands, capsys):
     with pytest.raises(SystemExit, match="2"):

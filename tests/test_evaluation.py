@@ -23,7 +23,7 @@ from utils.attacks import Budget
 from utils.attacks.budgets import GREY
 from utils.attacks.library import CHUNK, Verdicts, run_library
 from utils.attacks.masking import masking_checks
-from utils.data import split_validation
+from utils.data import fingerprint, split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.lfr import Ball
@@ -203,6 +203,14 @@ def test_the_store_knows_its_own(tmp_path):
     store.close()
     lines = VerdictStore(output, identity).lines("PGD")
     assert [line["seconds"] for line in lines] == [2, 1]
+
+
+def test_a_kill_in_the_first_line_costs_nothing(tmp_path):
+    (tmp_path / "results.json.partial").write_bytes(b'{"se')
+    store = VerdictStore(tmp_path / "results.json", {"seed": 0})
+    store.add(attack="PGD", rows=[1], seconds=1.0)
+    assert len(store.lines("PGD")) == 1
+    store.close()
 
 
 @pytest.mark.parametrize("content", [b"x", b"{\n", b"[]\n", b'{"seed": 1}\n', b"\x80\n"])
@@ -617,6 +625,9 @@ def test_a_network_of_the_users_own(tmp_path, monkeypatch, digits_test, with_wei
     report = json.loads(output.read_text())
     assert report["clean_accuracy"] == pytest.approx(100 * int(right) / len(x))
     assert "mine" in report["network"]
+    (tmp_path / f"{name}.py").write_text(MINE + "# another network, for all that anyone knows\n")
+    with pytest.raises(UserError, match="is the report of another network"):
+        start(*flags)
 
 
 @pytest.mark.parametrize(
@@ -700,7 +711,7 @@ def test_the_held_out_split(checkpoint, tmp_path, digits_network, digits_train):
     _, held_out = split_validation(digits_train.head(500), 30, seed=7)
     right = digits_network(held_out.float_images()).argmax(1) == held_out.labels
     assert report["clean_accuracy"] == pytest.approx(100 * int(right.sum()) / 30)
-    assert report["data_sha256"] == evaluation._sha256(held_out.images, held_out.labels)
+    assert report["data_sha256"] == fingerprint(held_out.images, held_out.labels)
 
 
 @pytest.mark.parametrize("args", [None, {"val_size": 0, "manualSeed": 7}, {"val_size": 9.5}])
@@ -708,6 +719,58 @@ def test_a_checkpoint_that_does_not_state_its_held_out_images(checkpoint, tmp_pa
     torch.save(torch.load(checkpoint) | {"args": args}, path := tmp_path / "other.pth.tar")
     with pytest.raises(UserError, match="does not state which images were held out"):
         evaluate(path, "--split", "held-out")
+
+
+def test_training_images_that_changed(checkpoint, tmp_path, digits_train, capsys):
+    """Which of them were held out is no longer known; the test images are another matter."""
+    flags = {"val_size": 30, "manualSeed": 7}
+    for seen in (digits_train.head(99), digits_train):
+        state = {"args": flags, "data_sha256": fingerprint(seen.images, seen.labels)}
+        torch.save(torch.load(checkpoint) | state, path := tmp_path / "other.pth.tar")
+        assert evaluate(path) == 0
+        if seen is digits_train:
+            assert evaluate(path, "--split", "held-out") == 0
+        else:
+            with pytest.raises(UserError, match="its training images were others"):
+                evaluate(path, "--split", "held-out")
+            assert evaluate(path, "--split", "train", "--force") == 0
+
+
+def test_an_activation_that_no_weight_tells(tmp_path, capsys):
+    torch.manual_seed(0)
+    network = build_model("resnet", depth=8, activation="silu", in_channels=1)
+    save_checkpoint(path := tmp_path / "weights.pth.tar", network.state_dict())
+    reports = []
+    for flags in ([], ["--activation", "silu"]):
+        capsys.readouterr()
+        assert evaluate(path, *flags, "--output", tmp_path / f"{len(flags)}.json") == 0
+        noted = "activation is not stated, relu is taken" in capsys.readouterr().out
+        assert noted == (not flags)
+        reports.append(json.loads((tmp_path / f"{len(flags)}.json").read_text()))
+    assert [report["arch"]["activation"] for report in reports] == ["relu", "silu"]
+    stated = {"state_dict": network.state_dict(), "arch": network.arch}
+    save_checkpoint(path, stated)
+    capsys.readouterr()
+    assert evaluate(path) == 0 and "activation is not" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds activation silu, asked was activation relu"):
+        evaluate(path, "--activation", "relu")
+
+
+def test_images_and_labels_in_memory_are_checked(digits_network):
+    x, y = torch.rand(4, 1, 28, 28), torch.arange(4)
+    for images, labels in (
+        (x * 255, y), (x - 0.5, y), ((x * 255).int(), y), (x * float("nan"), y),
+        (x, y.int()), (x, y - 1), (x, y[:3]),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"images, allowed are|labels are"):
+            evaluation.evaluate(digits_network, images, labels)
+
+
+def test_a_folder_for_images_is_made_before_the_attacks(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "pgd", None)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--save_adversarial .*file"):
+        evaluate(checkpoint, "--save_adversarial", tmp_path / "file")
 
 
 def test_a_note_where_settings_make_no_sense(checkpoint, capsys):

@@ -73,5 +73,6 @@ def test_a_run_becomes_a_published_network(run, tmp_path):
 
 
 def test_of_an_absolute_path_the_last_part_stays():
-    values = ["/a/b c/data", "./data", "0.1", 0.1, None, "/"]
-    assert list(map(portable, values)) == ["data", "./data", "0.1", 0.1, None, ""]
+    values = ["/a/b c/data", "/a/", "./data", "--data_dir=/a/b", "8/255", 0.1, None, "/"]
+    kept = ["data", "a", "./data", "--data_dir=b", "8/255", 0.1, None, ""]
+    assert list(map(portable, values)) == kept

@@ -100,6 +100,21 @@ def test_radius_is_measured_once_and_drawn_again(draw, pair, tmp_path, monkeypat
     assert (draw("radius", "--json", kept) == first).all()
 
 
+def test_networks_and_radii_that_make_no_chart(draw, pair, tmp_path):
+    words = ["radius", "--json", tmp_path / "radius.json", "--dataset", "digits"]
+    for name, radius, says in (
+        ("b", 8, "--epsilons"),
+        ("a", 0.1, "two networks of one name"),
+    ):
+        with pytest.raises(UserError, match=says):
+            draw(*words, "--model", f"a={pair[1]}", f"{name}={pair[1]}", "--epsilons", radius)
+    with pytest.raises(UserError, match="not for the images of digits"):
+        draw(*words, "--model", f"a={pair[1].with_name('colour')}")
+    (tmp_path / "radius.json").write_text("{}")
+    with pytest.raises(UserError, match="no networks in it"):
+        draw("radius", "--json", tmp_path / "radius.json")
+
+
 def test_radius_uses_the_attack_of_the_evaluation(draw, pair, tmp_path, monkeypatch):
     robust = {0.1: [True, True], 0.2: [True, False], 0.4: [True, True]}
     budgets = []

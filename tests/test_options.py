@@ -223,7 +223,10 @@ def test_each_norm_has_defaults_of_its_own(table, epsilon, steps):
         (("l_inf", 0.3, 40, 0.01), []),
         (("l_inf", 0.3, 40, 0.001), ["40 x 0.001 do not reach"]),
         (("l_inf", 0.3, 4, 2.0), ["4 x 2 are longer"]),
-        (("l_2", 0.03, 4, 0.01), ["small for l_2"]),
+        (("l_2", 0.03, 4, 0.01), ["0.03 in l_2: usual are"]),
+        (("l_2", 128, 4, 64), ["128 in l_2: usual are"]),
+        (("l_2", 0, 4, 1), ["4 x 1 are longer"]),
+        (("l_inf", 8, 4, 4), ["8 is wider than the pixels"]),
         (("l_inf", 0.3, 0, 2.0), []),
     ],
 )

@@ -78,6 +78,9 @@ def test_a_folder_that_holds_a_run(tmp_path):
         RunFolder(tmp_path, resume_from=tmp_path / "elsewhere" / CHECKPOINT)
     with RunFolder(tmp_path, resume_from=tmp_path / "." / CHECKPOINT) as run:
         assert (run.path / CHECKPOINT).exists()
+    (tmp_path / "epoch1.pth.tar").write_bytes(b"an earlier state")
+    with pytest.raises(UserError, match="what came after would be lost; --checkpoint names"):
+        RunFolder(tmp_path, resume_from=tmp_path / "epoch1.pth.tar")
     with RunFolder(tmp_path, overwrite=True):
         assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "notes.txt"]
 
@@ -188,15 +191,23 @@ def test_a_resumed_log_keeps_the_epochs_before(tmp_path):
         log.append({"a": i, "b": i / 7})
     with open(path, "a") as file:
         file.write("5\t0.7")  # a kill in the middle of a row
-    log = Log(path, ("a", "c", "b"), keep=3)
+    log = Log(path, ("a", "c", "b"), epoch=3)
     log.append({"a": 3, "b": 9, "c": 1})
     table = read_log(path)
     assert list(table) == ["a", "c", "b"] and table["a"] == [0, 1, 2, 3]
     assert table["b"][1] == pytest.approx(1 / 7, rel=1e-7) and table["c"][3] == 1
-    Log(path, ("a",), keep=99)
+    Log(path, ("a",), epoch=99)
     assert len(read_log(path)["a"]) == 4
     Log(path, ("a",))
     assert read_log(path) == {"a": []}
+
+
+def test_the_epochs_of_a_log_need_not_begin_with_the_first(tmp_path):
+    log = Log(path := tmp_path / "log.txt", ("a", "Epoch"), epoch=7)
+    for epoch in (8, 9, 10):
+        log.append({"a": epoch / 10, "Epoch": epoch})
+    Log(path, ("a", "Epoch"), epoch=9)
+    assert read_log(path) == {"a": [0.8, 0.9], "Epoch": [8, 9]}
 
 
 def test_a_log_of_an_earlier_version_is_read_under_todays_names(tmp_path):
@@ -204,7 +215,7 @@ def test_a_log_of_an_earlier_version_is_read_under_todays_names(tmp_path):
     Log(path, old).append({"Valid Acc.": 1, "Val Acc.": 2, "Val Robust Acc.": 3, "Mode Gap": 4})
     new = ("Valid Acc.", "Held-out Acc.", "Held-out Robust Acc.", "BN Gap")
     assert read_log(path) == {name: [i + 1] for i, name in enumerate(new)}
-    Log(path, new, keep=1).append({"BN Gap": 5})
+    Log(path, new, epoch=1).append({"BN Gap": 5})
     assert path.read_text().splitlines() == ["\t".join(new), "1\t2\t3\t4", "nan\tnan\tnan\t5"]
 
 

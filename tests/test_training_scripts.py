@@ -455,6 +455,30 @@ def test_an_averaged_network_has_statistics_of_its_own(command, grey_folder, tmp
     torch.testing.assert_close(network.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_stopped_within_an_epoch(command, grey_folder, tmp_path, monkeypatch):
+    """An averaged network has statistics of its own there as well; the batches stay the same."""
+    stopped = []
+
+    def scalars(board, step, values):
+        if step == 0 and not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(Board, "scalars", scalars)
+    places = {"data": grey_folder, "save": tmp_path}
+    line = f"{SHORT}{RESNET} --ema 0.9 --lr 0.5 --max_steps 4"
+    assert command(line, **places)[0] == 143
+    (checkpoint,) = tmp_path.rglob("checkpoint.pth.tar")
+    network, found = load_network(checkpoint)
+    assert found["training"]["progress"]["batch"] == 2
+    train_set, _ = split_validation(load_dataset("folder", grey_folder, train=True), 8, seed=1000)
+    with torch.no_grad():
+        expected = network.conv1(train_set.float_images()).mean((0, 2, 3))
+    torch.testing.assert_close(network.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
+    for flags in ("--train_batch 16", "--max_steps 1"):
+        code, _, err = command(f"{line} {flags} --resume {checkpoint}", **places)
+        assert code == 2 and f"stopped at batch 2; {flags.split()[0]} cannot change within" in err
+
+
 def test_the_original_s_checkpoint_is_a_start(command, mnist_folder, reference_dir, tmp_path):
     """-e and further training from the original's file, prefix, CUDA tensors and all."""
     path = reference_dir / "original_mnist.pth.tar"
@@ -504,7 +528,71 @@ def test_a_beginning_that_has_seen_the_held_out_images_says_so(command, grey_fol
     flags = f"{SHORT} --manualSeed 7 --pretrained {first}"
     code, out, err = command(flags, data=grey_folder, save=tmp_path / "second")
     assert code == 0, err
-    assert "were trained on images that are held out now (--manualSeed 1000 is now 7)" in out
+    says = "were trained on images that are held out now (--manualSeed 1000 is now 7)"
+    assert says in out
+    for more in ("-e", "--epochs 2"):
+        line = f"{SHORT} --manualSeed 7 --resume {first} {more}"
+        code, out, err = command(line, **places)
+        assert code == 0 and says in out, err
+
+
+def test_nothing_is_held_out(command, grey_folder, tmp_path):
+    places = {"data": grey_folder, "save": tmp_path}
+    says = "no images are held out: model_best.pth.tar is chosen by test images"
+    for count in (8, 0):
+        code, out, err = command(f"{SHORT} --val_size {count} --overwrite", **places)
+        assert code == 0 and (says in out) == (not count), err
+
+
+def test_training_images_that_changed(command, tmp_path):
+    """By the seed others would be held out, some of which were trained on."""
+    data = make_image_folder(tmp_path / "data", "L", 16, 3, 16, 4)
+    places = {"data": data, "save": tmp_path / "runs"}
+    assert command(SHORT, **places)[0] == 0
+    Image.new("L", (16, 16)).save(data / "train" / "class1" / "new.png")
+    again = f"{SHORT} --epochs 2 --resume auto"
+    code, _, err = command(again, **places)
+    assert code == 2 and "its training images were others" in err
+    code, _, err = command(f"{again} --force", **places)
+    assert code == 0, err
+
+
+def test_test_images_of_another_shape(command, tmp_path):
+    data = make_image_folder(tmp_path / "data", "L", 16, 3, 16, 4)
+    shutil.rmtree(data / "test")
+    (make_image_folder(tmp_path / "rgb", "RGB", 16, 3, 1, 4) / "test").rename(data / "test")
+    code, _, err = command(SHORT, data=data, save=tmp_path / "runs")
+    assert code == 2 and "training images are 1x16x16, test images 3x16x16" in err
+
+
+def test_a_run_that_is_done_keeps_its_record(command, grey_folder, tmp_path):
+    places = {"data": grey_folder, "save": tmp_path}
+    assert command(SHORT, **places)[0] == 0
+    (record,) = tmp_path.rglob("args.json")
+    before = record.read_bytes()
+    for more in ("--lambada 9 --epochs 1", "--dry_run"):
+        code, out, err = command(f"{SHORT} {more} --resume {record.parent}", **places)
+        assert code == 0 and "nothing to do: 1 of 1 epochs" in out, err
+        assert record.read_bytes() == before
+
+
+def test_a_branch_has_a_log_of_its_own(command, grey_folder, tmp_path):
+    """Going on from an earlier epoch in the same folder would lose what came after."""
+    places = {"data": grey_folder, "save": tmp_path / "a"}
+    flags = f"{SHORT} --ckpt_interval 1 --epochs 3"
+    assert command(flags, **places)[0] == 0
+    (run,) = (path.parent for path in tmp_path.rglob("log.txt"))
+    before = (run / "log.txt").read_bytes()
+    code, _, err = command(f"{flags} --resume {run / 'epoch1.pth.tar'}", **places)
+    assert code == 2 and "what came after would be lost" in err
+    assert (run / "log.txt").read_bytes() == before
+    assert read_log(run / "log.txt")["Epoch"] == [1, 2, 3]
+    branch = tmp_path / "branch"
+    for start, epochs in ((run / "epoch1.pth.tar", 3), (branch, 4)):
+        line = f"{flags} --resume {start} --checkpoint {branch} --epochs {epochs} --start_epoch 1"
+        code, _, err = command(line, **places)
+        assert code == 0, err
+    assert read_log(branch / "log.txt")["Epoch"] == [2, 3, 4]
 
 
 def test_two_seeds_differ_and_one_repeats(command, grey_folder, tmp_path):

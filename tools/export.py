@@ -8,6 +8,7 @@ an absolute path the last part stays. ``savedModel/SHA256SUMS`` gets the new fil
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 from collections import defaultdict
@@ -29,8 +30,8 @@ STEPS, PICTURES = 200, 2
 
 
 def portable(value: Any) -> Any:
-    """The last part of an absolute path; anything else as it is."""
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    """The last part of an absolute path, also in ``--flag=path``; anything else as it is."""
+    return re.sub(r"^(--\w+=)?/.*?([^/]*)/*$", r"\1\2", value) if isinstance(value, str) else value
 
 
 def thin(scalars: Path, output: Path) -> None:

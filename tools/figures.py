@@ -28,12 +28,13 @@ from tools.scripts import positive
 from utils.attacks import family, gradient_budget, misclassified, pgd
 from utils.checkpoints import find_checkpoint
 from utils.data import ImageSet, classes_in_turn
-from utils.datasets import load_dataset
+from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError, run_script
+from utils.foreign import naming
 from utils.lfr import Ball, input_gradient
 from utils.networks import load_network, sha256_of
 from utils.progress import Bar
-from utils.run_folder import BEST, read_log, write_atomic
+from utils.run_folder import BEST, AnyPath, read_log, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,14 +70,18 @@ def save(figure: "Figure", output: Path) -> None:
     write_atomic(output, stream.getvalue())
 
 
+def load_for(data: ImageSet, file: AnyPath) -> nn.Module:
+    """The network of a checkpoint, in eval mode; UserError if it is not for these images."""
+    network = load_network(file)[0]
+    if network.arch.get("in_channels", data.in_channels) != data.in_channels:
+        raise UserError(f"{file}: its network is not for the images of {data.name}")
+    return network
+
+
 def load_pair(args: argparse.Namespace, data: ImageSet) -> dict[str, nn.Module]:
-    """The undefended network and LFR's, in eval mode; UserError if one is not for these images."""
-    networks = {}
-    for name, file in (("undefended", args.undefended), ("LFR", args.model)):
-        networks[name] = load_network(file)[0]
-        if networks[name].arch.get("in_channels", data.in_channels) != data.in_channels:
-            raise UserError(f"{file}: its network is not for the images of {data.name}")
-    return networks
+    """The undefended network and LFR's."""
+    pair = {"undefended": args.undefended, "LFR": args.model}
+    return {name: load_for(data, file) for name, file in pair.items()}
 
 
 def curves(args: argparse.Namespace) -> "Figure":
@@ -86,14 +91,15 @@ def curves(args: argparse.Namespace) -> "Figure":
         log = read_log(path / "log.txt" if path.is_dir() else path)
         if not log.get("Valid Acc."):
             raise UserError(f"{path}: not the log of a run, or no epoch in it")
-        logs[path.name if path.is_dir() else path.resolve().parent.name] = log
+        name = path.name if path.is_dir() else path.resolve().parent.name
+        logs[str(path) if name in logs else name] = log
     figure = new_figure(4.2)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
     accuracy, loss, penalty = (figure.add_subplot(grid[at]) for at in ((slice(2), 0), 1, 3))
     lines = {"Train Acc.": ("train", ":"), "Valid Acc.": ("test", "--"),
              "Test Robust Acc.": ("test, PGD", "-")}  # fmt: skip
     for (name, log), colour in zip(logs.items(), itertools.cycle(COLOURS)):
-        epochs = range(1, len(log["Valid Acc."]) + 1)
+        epochs = log.get("Epoch", range(1, len(log["Valid Acc."]) + 1))
         for column, (text, style) in lines.items():
             if math.isfinite(last := log.get(column, [math.nan])[-1]):
                 label = f"{name}, {text}: {last:.1f}" if len(logs) > 1 else f"{text}: {last:.1f}"
@@ -189,9 +195,14 @@ def measure_radius(args: argparse.Namespace) -> dict[str, Any]:
     data = load_dataset(args.dataset, args.data_dir, train=False).head(args.num_examples)
     x, y, defaults = data.float_images(), data.labels, family(args.dataset, data.in_channels)
     epsilons, networks = sorted(args.epsilons), {}
-    for name, file in Bar([text.partition("=")[::2] for text in args.model]):
+    if not 0 < epsilons[0] <= epsilons[-1] <= 1:
+        raise UserError("--epsilons: allowed are radii above 0 and up to 1")
+    files = dict(text.partition("=")[::2] for text in args.model)
+    if len(files) < len(args.model):
+        raise UserError("--model: two networks of one name")
+    for name, file in Bar(files.items()):
         file = find_checkpoint(file, BEST)
-        network = load_network(file)[0]
+        network = load_for(data, file)
         robust = [~misclassified(network, x, y)]
         for epsilon in epsilons:  # a point of a small ball lies in every larger one
             budget = gradient_budget("PGD", defaults, epsilon=epsilon)
@@ -206,7 +217,7 @@ def radius(args: argparse.Namespace) -> "Figure":
     """Accuracy by epsilon for every network; measured with ``--model``."""
     if args.model:
         write_atomic(args.json, (json.dumps(measure_radius(args), indent=1) + "\n").encode())
-    found = read_json(args.json)
+    found = read_json(args.json, "networks")
     axes = (figure := new_figure(4.2)).add_subplot()
     for (name, entry), colour in zip(found["networks"].items(), itertools.cycle(COLOURS)):
         axes.plot(found["epsilons"], entry["robust_accuracy"], "o-", color=colour, label=name)
@@ -220,7 +231,7 @@ def radius(args: argparse.Namespace) -> "Figure":
 
 def cost(args: argparse.Namespace) -> "Figure":
     """Held-out robust accuracy by minutes of training: mean of the seeds, and their range."""
-    found = read_json(args.json)
+    found = read_json(args.json, "runs")
     robust = {run: entry["robust"] for run, entry in found["runs"].items()}
     shown = {name: row["runs"].values() for name, row in found["rows"].items()}
     for name, _, pattern in (text.partition("=") for text in args.runs):
@@ -241,12 +252,13 @@ def cost(args: argparse.Namespace) -> "Figure":
     return figure
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, or UserError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """A JSON file with this ``key``, or UserError."""
+    with naming(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if key not in found:
+            raise UserError(f"there are no {key} in it")
+        return found
 
 
 def main() -> int:
@@ -260,7 +272,7 @@ def main() -> int:
         add[draw]("--output", type=Path, required=True, help="PNG file")
     add[curves]("runs", nargs="+", type=Path, help="run folders or their logs")
     for draw, count in ((surface, 16), (gradients, 10), (radius, 500)):
-        add[draw]("--dataset", default="MNIST")
+        add[draw]("--dataset", default="MNIST", choices=DATASETS)
         add[draw]("--data_dir", type=Path, default=Path("./data"))
         add[draw]("--num_examples", type=positive, default=count, help="test images")
     for draw in (surface, gradients):

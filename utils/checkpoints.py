@@ -134,14 +134,18 @@ def stated_dataset(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def check_data(
-    checkpoint: Mapping[str, Any], path: AnyPath, data: ImageSet, force: bool = False
-) -> None:
-    """UserError where labels mean something else than the checkpoint states, unless ``force``."""
+    checkpoint: Mapping[str, Any], path: AnyPath, data: ImageSet, force: bool = False,
+    training_images: str | None = None,
+) -> None:  # fmt: skip
+    """UserError where labels, or training images (their fingerprint), are not those that the
+    checkpoint states, unless ``force``."""
     stated, classes = stated_dataset(checkpoint), checkpoint.get("classes") or data.classes
     pairs = zip_longest(classes, data.classes, fillvalue="no class")
     wrong = [f"its class {_short(c)!r} is {own!r} in the data" for c, own in pairs if c != own]
     if stated not in (None, data.source) and "folder" not in (stated, data.source):
         wrong = [f"its dataset is {stated}"]
+    if training_images not in (None, checkpoint.get("data_sha256", training_images)):
+        wrong.append("its training images were others")
     if wrong and not force:
         advice = f"(--dataset {data.source}); --force takes the data anyhow"
         raise UserError(f"{path}: {wrong[0]} {advice}")

@@ -69,6 +69,15 @@ class ImageSet:
         return self.images[index].float().div_(255)
 
 
+def fingerprint(*tensors: Tensor) -> str:
+    """Hexadecimal SHA-256 of what tensors hold: values, shapes, types."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{(tensor.dtype, tuple(tensor.shape))}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def keyed_generator(*key: str | int) -> torch.Generator:
     """A CPU generator that depends on ``key`` alone; hashed, as PyTorch takes 32 bits of a seed."""
     digest = hashlib.sha256(repr(key).encode()).digest()

@@ -159,6 +159,8 @@ def _load_image_folder(name: str, folder: Path, train: bool, shown: bool) -> Ima
             shape, wanted = images[-1].shape, known.shape or images[0].shape
             if shape != wanted:
                 raise ValueError(f"(height, width, channels) is {shape}, needed is {wanted}")
+    if (missing := len(own) - len({*files.values()})) and shown:
+        print(f"note: {part}: {missing} of {len(own)} classes have no images", flush=True)
     labels = torch.tensor([*files.values()])
     order = classes_in_turn(labels)
     title = f"{name if known.shape else folder.resolve().name} (image folder)"
@@ -187,6 +189,10 @@ def _load_files(name: str, root: Path, train: bool) -> ImageSet | None:
     known, read = _KNOWN[name], {"S": _read_svhn, "c": _read_cifar}.get(name[0], _read_idx)
     for place in (p for base in _places(name, root) for p in (base / known.folder, base)):
         if files := _contents(place, known.files[not train].split()):
+            named = _plain((place.parent if place.name == known.folder else place).resolve().name)
+            alike = {n.lower() for n in DATASETS if n != name and _KNOWN[n].files == known.files}
+            if named in alike:
+                raise UserError(f"{place}: by its name another dataset than --dataset {name}")
             images, labels, classes = read(files)  # [N, H, W, C], [N], names
             if images.shape != (len(labels), *known.shape) or images.dtype != np.uint8:
                 raise UserError(f"{place}: {images.dtype} {images.shape}, {len(labels)} labels")

@@ -7,7 +7,6 @@ evaluation scripts. Every attack is a function from a few images to verdicts ima
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import shlex
@@ -30,15 +29,16 @@ from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Bu
 from utils.attacks.library import CHUNK, STAGES, require_library, run_library
 from utils.attacks.masking import masking_checks
 from utils.attacks.minimum_norm import ddn, jsma, pointwise
-from utils.data import ImageSet, split_validation
+from utils.data import ImageSet, fingerprint, split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation, unused_attack_flags
-from utils.networks import build_network, sha256_of
+from utils.foreign import naming
+from utils.networks import build_network, sha256_of, sources_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
 from utils.report import check_page, write_page
-from utils.run_folder import BEST
+from utils.run_folder import BEST, reason
 from utils.runtime import Processes, processes, versions
 from utils.tables import number, text_table
 from utils.verdict_store import VerdictStore
@@ -294,6 +294,16 @@ def evaluate(
     Raises:
         UserError: an unknown attack, a missing package, a network that does not suit the images.
     """
+    if images.dtype != torch.uint8 and not (
+        images.is_floating_point() and bool(((images >= 0) & (images <= 1)).all())
+    ):
+        raise UserError(f"{images.dtype} images, allowed are uint8, or floats in [0, 1]")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or bool((labels < 0).any()):
+        has = f"{labels.dtype} {list(labels.shape)}"
+        raise UserError(f"labels are {has}, needed are {len(images)}, int64, from 0 on")
+    if save_to:
+        with naming(f"--save_adversarial {save_to}"):
+            Path(save_to).mkdir(parents=True, exist_ok=True)
     process, store = process or Processes(images.device), store or VerdictStore(None, {})
     network = getattr(network, "_orig_mod", network).eval()  # as it was before torch.compile
     defaults, kept = family(dataset, images.shape[1]), store.report.get("attacks", {})
@@ -334,19 +344,10 @@ def _save_images(images: Tensor, folder: Path, name: str) -> None:
     from torchvision.utils import save_image  # importing it takes seconds
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / f"{name}.npy", images.numpy())
         save_image(images[:64], folder / f"{name}.png")
     except OSError as error:
-        raise UserError(f"--save_adversarial {folder}: {error.strerror.lower()}") from None
-
-
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{(tensor.dtype, tuple(tensor.shape))}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        raise UserError(f"--save_adversarial {folder}: {reason(error)}") from None
 
 
 def run_evaluation(
@@ -366,7 +367,8 @@ def run_evaluation(
         checkpoint = checkpoints.load_checkpoint(path) if path else {}
         notes = [*unused_attack_flags(args), *apply_statement(args, checkpoint, table)]
         data = load_dataset(args.dataset, args.data_dir, train=args.split != "test")
-        checkpoints.check_data(checkpoint, path, data, args.force)
+        whole = None if args.split == "test" else fingerprint(data.images, data.labels)
+        checkpoints.check_data(checkpoint, path, data, args.force, whole)
         if args.split == "held-out":
             data = _held_out(data, checkpoint, path)
         available = len(data)
@@ -374,23 +376,31 @@ def run_evaluation(
             notes.append(f"--num_examples {args.num_examples}: all {available} are taken")
         data = data.head(args.num_examples or available).to(process.device)
         network = build_network(args, path, checkpoint, data, process.device)
-        digest = sha256_of(path) if path else _sha256(*network.state_dict().values())
+        digest = sha256_of(path) if path else fingerprint(*network.state_dict().values())
         process.log(f"model: {path or args.network} (sha256 {digest[:12]})")
         part = f"first {len(data):,} of {available:,} {args.split} images"
         process.log(f"data: {part} of {data.name}")
         for note in notes:
             process.log(f"note: {note}")
-        own = args.network or args.mean
+        own = args.network or (args.arch if ":" in (args.arch or "") else None)
+        code = own and f"{own} {sources_of(network, own)}"
+        if not (own or args.activation or "activation" in checkpoint.get("arch", {})):
+            process.log("note: its activation is not stated, relu is taken (--activation)")
         identity = {
             "checkpoint_sha256": digest,
-            "network": own and f"{args.network} {args.mean} {args.std}",
+            "network": (own or args.mean) and f"{code} {args.mean} {args.std}",
             "dataset": data.name,
-            "data_sha256": _sha256(data.images, data.labels),
+            "data_sha256": fingerprint(data.images, data.labels),
             "num_examples": len(data),
             "seed": args.seed,
             "torch": str(torch.__version__),
         }
         settings = Settings(*(getattr(args, name) for name in Settings._fields))
+        other = None
+        if args.transfer_from:
+            file = checkpoints.find_checkpoint(args.transfer_from, BEST)
+            found = checkpoints.load_checkpoint(file)
+            other = build_network(args, file, found, data, process.device)
         budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:5])
         words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}
@@ -401,7 +411,7 @@ def run_evaluation(
                 report = evaluate(*inputs, store=store, **options)
                 process.log(f"\n{results_table(report['attacks'])}")
                 if args.sanity and process.is_main:
-                    report["sanity"] = _masking(args, network, data, budget)
+                    report["sanity"] = _masking(args, network, other, data, budget)
                 about = {"model_path": path, "arch": getattr(network, "arch", args.arch)}
                 about |= {"test_set": available, "split": args.split, "command": shlex.join(words)}
                 report = {**store.report, **about, **identity, **report}
@@ -431,14 +441,11 @@ def _held_out(data: ImageSet, checkpoint: Mapping[str, Any], path: str | None) -
 
 
 def _masking(
-    args: argparse.Namespace, network: nn.Module, data: ImageSet, budget: Budget
-) -> list[dict[str, Any]]:
+    args: argparse.Namespace, network: nn.Module, other: nn.Module | None, data: ImageSet,
+    budget: Budget,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The checks for gradient masking; prints their verdicts."""
-    found, options = [], {"seed": args.seed, "batch": args.test_batch}
-    if args.transfer_from:
-        path = checkpoints.find_checkpoint(args.transfer_from, BEST)
-        other = checkpoints.load_checkpoint(path)
-        options["transfer_from"] = build_network(args, path, other, data, data.images.device)
+    found, options = [], {"seed": args.seed, "batch": args.test_batch, "transfer_from": other}
     print("\nIs it real? Signs of masked gradients:")
     checks = masking_checks(network, _floats(data.images), data.labels, budget, **options)
     for check in Bar(checks, total=7, desc="checks"):

@@ -17,7 +17,6 @@ from utils.options import (
     LENGTH,
     PATH,
     SEED,
-    STEPS,
     Parser,
     add_ball_flags,
     add_data_flags,
@@ -68,7 +67,8 @@ def evaluation_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("--attack_method", ["PGD"], (one_of(*ATTACKS, "all")[0], "NAME"),
         f"one or more of {', '.join(ATTACKS)}, or all, in any case", nargs="+")
     add_ball_flags(add, {})
-    add("--num_steps", None, STEPS, "steps of the attack (default: each attack's own)")
+    add("--num_steps", None, integer("N", 1, 100_000),
+        "steps of the attack (default: each attack's own)")
     add("--step_size", None, LENGTH,
         "length of a step, in units of pixel intensity (default: each attack's own)")
     add("--restarts", 1, integer("N", 1, 10_000), "random starts per image of PGD")

@@ -20,6 +20,9 @@ from utils.errors import UserError
 from utils.foreign import naming
 from utils.run_folder import BEST, AnyPath
 
+# The flags that complete what a checkpoint states of its network.
+NAMED = ("depth", "block_name", "widen_factor", "drop", "activation")
+
 
 def sha256_of(path: AnyPath) -> str:
     """Hexadecimal SHA-256 of a file, or UserError."""
@@ -60,6 +63,13 @@ def _call(name: str) -> nn.Module:
     return network
 
 
+def sources_of(network: nn.Module, name: str) -> str:
+    """Hexadecimal SHA-256 of the files that a network's parts, and ``module:function``, are in."""
+    names = {name.partition(":")[0], *(type(part).__module__ for part in network.modules())}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names} - {None}
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
+
+
 def build_network(
     args: argparse.Namespace,
     path: str | None,
@@ -77,7 +87,7 @@ def build_network(
         except (ImportError, RuntimeError, TypeError) as error:
             raise UserError(f"--arch {args.arch}: {error} (pip install timm?)") from None
     else:
-        asked = {n: getattr(args, n) for n in ("depth", "block_name", "widen_factor", "drop")}
+        asked = {n: getattr(args, n) for n in NAMED}
         network, _ = load_network(path, {"name": args.arch, **asked}, checkpoint)
     if path and (args.network or ":" in (args.arch or "")):
         restore_network(network, checkpoint, path)

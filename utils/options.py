@@ -214,6 +214,7 @@ def add_network_flags(parser: Parser, title: str, table: Mapping[str, Any]) -> C
     add("--block_name", get("block_name"), one_of(*BLOCKS), "building block of resnet")
     add("--widen_factor", get("widen_factor"), integer("TIMES", 1, 64), "width of wrn by 16")
     add("--drop --dropout", get("drop"), SHARE, "share of activations dropped (small_cnn, wrn)")
+    add("--activation", get("activation"), one_of(*ACTIVATIONS), "activation function")
     return add
 
 
@@ -246,7 +247,6 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         dest="augment", action="store_false")
 
     add = add_network_flags(parser, "network", table)
-    add("--activation", "relu", one_of(*ACTIVATIONS), "activation function")
     add("--norm_layer", "batch", one_of(*NORM_LAYERS), "normalisation of all but small_cnn")
 
     add = parser.group("optimisation")
@@ -388,6 +388,8 @@ def doubtful_steps(norm: str, epsilon: float, num_steps: int, step_size: float) 
         notes.append(f"steps of {steps} are longer than the ball is wide, epsilon {epsilon:.4g}")
     elif 0 < num_steps * step_size < epsilon:
         notes.append(f"steps of {steps} do not reach the edge of the ball, epsilon {epsilon:.4g}")
-    if norm == "l_2" and 0 < epsilon <= 0.3:
-        notes.append(f"epsilon {epsilon:.4g} is small for l_2: usual are 0.5 (colour), 1.5 (grey)")
+    if norm == "l_2" and epsilon and not 0.3 < epsilon < 20:
+        notes.append(f"epsilon {epsilon:.4g} in l_2: usual are 0.5 (colour), 1.5 (grey)")
+    if norm == "l_inf" and epsilon > 1:
+        notes.append(f"epsilon {epsilon:.4g} is wider than the pixels' range")
     return notes

@@ -93,6 +93,9 @@ class RunFolder(contextlib.AbstractContextManager):
         for leftover in self.path.glob(".*.tmp-*"):  # of a run that was killed in a save
             leftover.unlink()
         if resume_from and resume_from.resolve().parent == self.path.resolve():
+            if resume_from.name != CHECKPOINT and (self.path / CHECKPOINT).exists():
+                line = "is not its newest state, and what came after would be lost"
+                raise UserError(f"{resume_from.name} {line}; --checkpoint names another folder")
             return
         log, names = self.path / LOG, re.compile(r"(checkpoint|model_best|epoch\d+)\.pth\.tar")
         run = [entry for entry in self.path.iterdir() if names.fullmatch(entry.name)]
@@ -118,12 +121,15 @@ class RunFolder(contextlib.AbstractContextManager):
 
 
 class Log:
-    """A tab-separated table with a row per epoch; ``keep`` rows of a file that is there stay."""
+    """A tab-separated table with a row per epoch; of a file that is there the rows up to ``epoch``
+    stay, by its column of that name (which older ones lack: they begin with the first)."""
 
-    def __init__(self, path: AnyPath, columns: Sequence[str], keep: int = 0) -> None:
+    def __init__(self, path: AnyPath, columns: Sequence[str], epoch: int = 0) -> None:
         self.path, self.columns = Path(path), tuple(columns)
-        old = read_log(path) if keep and self.path.exists() else {}
-        self._rows = [dict(zip(old, row)) for row in zip(*old.values())][:keep]
+        old = read_log(path) if epoch and self.path.exists() else {}
+        rows = [dict(zip(old, row)) for row in zip(*old.values())]
+        rows = [{"Epoch": number, **row} for number, row in enumerate(rows, 1)]
+        self._rows = [row for row in rows if row["Epoch"] <= epoch]
         self._write()
 
     def append(self, row: Mapping[str, float]) -> None:

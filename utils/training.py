@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from models import build_model
 from utils import checkpoints, engine
 from utils.board import Board, draw_grid
-from utils.data import Batches, split_validation
+from utils.data import Batches, fingerprint, split_validation
 from utils.datasets import augmentation, load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.engine import Interrupted, Progress
@@ -53,7 +53,7 @@ FIGURES = (
     ("epsilon", "", "Schedule/epsilon", ""),
     ("seconds", "Seconds", "Time/seconds_per_epoch", "seconds"),
 )
-COLUMNS = tuple(column for _, column, _, _ in FIGURES if column)
+COLUMNS = (*(column for _, column, _, _ in FIGURES if column), "Epoch")
 
 # BatchNorm has made two networks when its two kinds of statistics disagree by more percent points.
 BN_GAP_LIMIT = 20.0
@@ -149,15 +149,23 @@ class _Training:
         self.progress = Progress(epoch=args.start_epoch)
         if resumed is not None:
             self.given = {**(found.get("given") or found.get("args") or {}), **self.given}
-            checkpoints.check_data(found, path, self.train_set, args.force)
+            checkpoints.check_data(found, path, self.train_set, args.force, self.data_sha256)
             self._restore(found)
         elif found is not None:
             self._start_from(found, path)
+        if found is not None:
+            self._tell_what_was_seen(found)
 
     def _load_data(self) -> None:
         args, device = self.args, self.processes.device
         data = load_dataset(args.dataset, args.data_dir, train=True)
+        self.data_sha256 = fingerprint(data.images, data.labels)
         self.test_set = load_dataset(args.dataset, args.data_dir, train=False).to(device)
+        shapes = ["x".join(map(str, part.images.shape[1:])) for part in (data, self.test_set)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{data.name}: training images are {shapes[0]}, test images {shapes[1]}"
+            )
         if (args.nlabel or 0) > len(data):
             raise UserError(f"--nlabel {args.nlabel}: allowed are 1 to {len(data)}, all samples")
         self.train_set, self.val_set = data.head(args.nlabel or len(data)), None
@@ -191,10 +199,13 @@ class _Training:
             log(f"note: {path} has another number of classes; {', '.join(head)} start anew")
         checkpoints.restore_network(self.network, found, path)
         log(f"starting from the weights of {path}")
+
+    def _tell_what_was_seen(self, found: dict[str, Any]) -> None:
+        """A note where the weights were trained on images that are held out now."""
         changed = [line for name, line in self._changed_flags(found).items() if name in SPLIT]
         if changed and self.val_set is not None and found.get("dataset") == self.train_set.source:
             line = f"were trained on images that are held out now ({'; '.join(changed)})"
-            log(f"note: these weights {line}, which flatters the choice of {BEST}")
+            self.processes.log(f"note: these weights {line}, which flatters accuracy there")
 
     def _restore(self, found: dict[str, Any]) -> None:
         """Everything the checkpoint holds; the original's hold weights, optimizer and epoch."""
@@ -214,6 +225,10 @@ class _Training:
             self.average.n_averaged.fill_(self.progress.step)
         if not self.args.evaluate:
             checkpoints.restore_optimizer(self.optimizer, found, path)
+            inside = self._changed_flags(found).keys() & {"train_batch", "max_steps"}
+            if self.progress.batch and inside:
+                line = f"--{min(inside)} cannot change within an epoch"
+                raise UserError(f"{path}: stopped at batch {self.progress.batch}; {line}")
 
     def _changed_flags(self, checkpoint: Mapping[str, Any]) -> dict[str, str]:
         """What to say of each flag that differs from the checkpoint's."""
@@ -229,14 +244,21 @@ class _Training:
         counts = [len(part or ()) for part in (self.train_set, self.val_set, self.test_set)]
         line = "data: {}, {} training, {} held-out and {} test images"
         log(line.format(self.train_set.name, *counts))
+        if self.val_set is None:
+            log(f"note: no images are held out: {BEST} is chosen by test images")
         if args.evaluate:
             row = _row(self._measure(self._evaluated()))
             probe = f"PGD-{args.probe_steps}, {args.norm} {args.probe_epsilon:.4g}"
             log(f"{row}  ({probe}, first {args.probe_size})")
             return 0
         notes = doubtful_steps(args.norm, args.epsilon, args.num_steps, args.step_size)
+        if "bn_mode" in self.given and not has_batch_norm(self.network):
+            notes.append("--bn_mode is not used: the network has no BatchNorm")
         for note in [*notes, *unused_flags(args, self.given)]:
             log(f"note: {note}")
+        if progress.epoch >= args.epochs:
+            log(f"nothing to do: {progress.epoch} of {args.epochs} epochs are done")
+            return 0
         with ExitStack() as stack:
             folder = self._open_folder(stack)
             log(f"run folder: {run_path(args)}")
@@ -244,9 +266,6 @@ class _Training:
                 self._compare_flags()
                 batch = f", batch {progress.batch}" if progress.batch else ""
                 log(f"resumed from {args.resume} after epoch {progress.epoch}{batch}")
-            if progress.epoch >= args.epochs:
-                log(f"nothing to do: {progress.epoch} of {args.epochs} epochs are done")
-                return 0
             stop = stack.enter_context(StopSignal())
             try:
                 self._epochs(folder, stack, stop)
@@ -295,7 +314,7 @@ class _Training:
             warnings.filterwarnings("ignore", "Grad strides do not match")
             wrapped = DistributedDataParallel(objective, device_ids=devices)
         if folder is not None:
-            log = Log(folder.path / LOG, COLUMNS, progress.epoch - args.start_epoch)
+            log = Log(folder.path / LOG, COLUMNS, progress.epoch)
             board = stack.enter_context(Board(folder.scalars))
             flags = {k: v for k, v in vars(args).items() if k not in OF_THE_COMMAND}
             board.describe(shlex.join(sys.argv), flags, self.train_set.classes)
@@ -316,6 +335,7 @@ class _Training:
                 board.scalars(progress.step - 1, curves)
                 due = args.save_minutes and time.monotonic() - saved > 60 * args.save_minutes
                 if asked or due:
+                    self._settle_average(batches)
                     board.flush()
                     folder.save(self._state(), CHECKPOINT)
                     saved = time.monotonic()
@@ -356,16 +376,18 @@ class _Training:
         """The network that is measured and published: the average where there is one."""
         return self.average.module if self.average is not None else self.network
 
+    def _settle_average(self, batches: Batches) -> None:
+        """BatchNorm's statistics of the averaged weights, which are not the average of the
+        statistics: while the weights still move fast, such a network is at chance."""
+        if self.average is not None and has_batch_norm(self.network):
+            update_bn((x for x, _, _ in islice(batches.iterate(), 20)), self.average.module)
+
     def _report(
         self, folder: RunFolder, log: Log, board: Board, means: dict[str, float], batches: Batches
     ) -> None:
         """Measure the network after an epoch, write every log, save the checkpoints."""
         args, progress = self.args, self.progress
-        if self.average is not None and has_batch_norm(self.network):
-            # Statistics of averaged weights are not the average of the statistics: while the
-            # weights still move fast, such a network is at chance.
-            images = (x for x, _, _ in islice(batches.iterate(), 20))
-            update_bn(images, self.average.module)
+        self._settle_average(batches)
         found = {**means, **self._measure(self._evaluated())}
         curves = {tag: found[name] for name, _, tag, _ in FIGURES if name in found}
         board.scalars(progress.epoch - 1, curves)
@@ -383,7 +405,8 @@ class _Training:
             see = f"{BEST} is kept as it was (--bn_mode {args.bn_mode}, see docs/failure_case.md)"
             print(f"warning: epoch {progress.epoch}: {line}; {see}", file=sys.stderr, flush=True)
         board.flush()
-        log.append({column: found.get(name, math.nan) for name, column, _, _ in FIGURES if column})
+        row = {column: found.get(name, math.nan) for name, column, _, _ in FIGURES if column}
+        log.append({**row, "Epoch": progress.epoch})
         folder.save(self._state(found), *names, CHECKPOINT)
         best = "  *" if BEST in names else ""
         self.processes.log(f"epoch {progress.epoch}/{args.epochs}  {_row(found)}{best}")
@@ -433,6 +456,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "arch": self.network.arch,
             "dataset": self.train_set.source,
+            "data_sha256": self.data_sha256,
             "classes": list(self.train_set.classes),
             "args": _plain(vars(self.args)),
             "given": _plain(self.given),
