@@ -213,11 +213,12 @@ def result_of(folder: Path) -> dict[str, Any]:
     found["log.txt"] = [[row[i] for i in keep] for row in (header, *rows)]
     events = EventAccumulator(str(folder / "scalars"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
+    # Of a step that was logged twice TensorBoard shows the later one, and nothing of the former.
     for tag in events.Tags()["scalars"]:
         if "econds" not in tag:
-            found[f"scalar {tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
+            found[f"scalar {tag}"] = {event.step: event.value for event in events.Scalars(tag)}
     for tag in events.Tags()["images"]:
-        images = [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+        images = {event.step: event.encoded_image_string for event in events.Images(tag)}
         found[f"image {tag}"] = images
     found["files"] = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
     return found
