@@ -292,7 +292,7 @@ def evaluate(
         store, process, log: earlier verdicts; this process among several; gets lines for people.
 
     Raises:
-        UserError: an unknown attack, a missing package, a network that does not suit the images.
+        UserError: an unknown attack, a missing package, images, labels and network that do not fit.
     """
     if images.dtype != torch.uint8 and not (
         images.is_floating_point() and bool(((images >= 0) & (images <= 1)).all())

@@ -12,6 +12,7 @@ from utils.attacks.budgets import GRADIENT_ATTACKS, LIBRARY_ATTACKS
 from utils.checkpoints import stated_dataset
 from utils.errors import UserError
 from utils.lfr import NORMS
+from utils.networks import NAMED
 from utils.options import (
     BATCH,
     LENGTH,
@@ -115,8 +116,10 @@ def parse_evaluation(
             raise UserError(f"--report and --output both name {args.report}: give two files")
         if args.model_path is None and args.network is None:
             raise UserError("--model_path is required (or --network, for a network of your own)")
-        if args.arch and (args.model_path is None or args.network):
-            raise UserError(f"--arch {args.arch} goes with --model_path, and not with --network")
+        of_a_file = [name for name in ("arch", *NAMED) if getattr(args, name) is not None]
+        if of_a_file and (args.model_path is None or args.network):
+            text = f"--{of_a_file[0]} {getattr(args, of_a_file[0])}"
+            raise UserError(f"{text} goes with --model_path, and not with --network")
         if args.transfer_from and not args.sanity:
             raise UserError("--transfer_from goes with --sanity")
         if (args.mean is None) != (args.std is None):
