@@ -438,10 +438,8 @@ def main() -> int:
         parser.error("--minutes must be above 0 and finite, --share above 0 and at most 1")
     if not (args.only or args.extra):
         parser.error("--only without a method needs an --extra")
-    for what, names in (
-        ("extra", [*METHODS, *(name for name, _ in args.extra)]),
-        ("seeds", args.seeds),
-    ):
+    extra = [*METHODS, *(name for name, _ in args.extra)]
+    for what, names in (("extra", extra), ("seeds", args.seeds)):
         if len({*names}) < len(names):
             parser.error(f"--{what}: {', '.join(map(str, names))} are not all different")
     table = Table(args)

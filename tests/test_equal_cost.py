@@ -245,6 +245,7 @@ def test_a_start_by_at_costs_what_at_costs(table, commands, tmp_path, monkeypatc
         ["--jobs", "0"],
         ["--only"],
         ["--extra", "at", ""],
+        ["--extra", "a", "", "--extra", "a", "--ema 0.9"],
         ["--seeds", "1", "1"],
     ],
 )

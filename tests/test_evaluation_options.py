@@ -76,7 +76,9 @@ def test_pixel_units_and_architectures():
         ("--model_path x --arch vgg", ["--arch", "vgg", "small_cnn"]),
         ("--network mine", ["--network", "module:function"]),
         ("--network a:b --arch resnet", ["--arch resnet", "--network"]),
+        ("--network a:b --activation silu", ["--activation silu", "--network"]),
         ("--arch timm:resnet18", ["--model_path"]),
+        ("--model_path x --num_steps 0", ["--num_steps", "from 1"]),
         ("--model_path x --eps 0.1", ["--eps", "--epsilon"]),
     ],
 )

@@ -161,11 +161,9 @@ class _Training:
         data = load_dataset(args.dataset, args.data_dir, train=True)
         self.data_sha256 = fingerprint(data.images, data.labels)
         self.test_set = load_dataset(args.dataset, args.data_dir, train=False).to(device)
-        shapes = ["x".join(map(str, part.images.shape[1:])) for part in (data, self.test_set)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{data.name}: training images are {shapes[0]}, test images {shapes[1]}"
-            )
+        sizes = ["x".join(map(str, part.images.shape[1:])) for part in (data, self.test_set)]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{data.name}: training images are {sizes[0]}, test images {sizes[1]}")
         if (args.nlabel or 0) > len(data):
             raise UserError(f"--nlabel {args.nlabel}: allowed are 1 to {len(data)}, all samples")
         self.train_set, self.val_set = data.head(args.nlabel or len(data)), None
