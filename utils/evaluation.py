@@ -38,7 +38,7 @@ from utils.networks import build_network, sha256_of, sources_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
 from utils.report import check_page, write_page
-from utils.run_folder import BEST, reason
+from utils.run_folder import BEST
 from utils.runtime import Processes, processes, versions
 from utils.tables import number, text_table
 from utils.verdict_store import VerdictStore
@@ -343,11 +343,9 @@ def evaluate(
 def _save_images(images: Tensor, folder: Path, name: str) -> None:
     from torchvision.utils import save_image  # importing it takes seconds
 
-    try:
+    with naming(f"--save_adversarial {folder}"):
         np.save(folder / f"{name}.npy", images.numpy())
         save_image(images[:64], folder / f"{name}.png")
-    except OSError as error:
-        raise UserError(f"--save_adversarial {folder}: {reason(error)}") from None
 
 
 def run_evaluation(
