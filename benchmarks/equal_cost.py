@@ -39,18 +39,17 @@ import torch
 
 import cifar_defense
 import MNIST_defense
-from models import build_model
 from tools.scripts import ROOT, positive, run, run_each, spread
 from utils.checkpoints import load_checkpoint
 from utils.datasets import load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.errors import UserError, run_script
-from utils.lfr import Ball
-from utils.options import settle_training, training_parser
+from utils.options import number, settle_training, training_parser
 from utils.progress import Bar
 from utils.run_folder import BEST, LOG, read_log, write_atomic
 from utils.runtime import versions
 from utils.tables import markdown_table
+from utils.training import network_of
 
 TIMES = ROOT / "benchmarks" / "step_times.json"
 BATCH, SEARCH_SEED = 128, 1
@@ -155,16 +154,8 @@ class Table:
         return re.sub(r"[^\w.]+", "_", title)
 
     def path(self, each: Run) -> Path:
-        """The folder of a training."""
+        """The folder of a training; what it printed is beside it, in ``.out``."""
         return self.folder / self.named(each)
-
-    def output(self, each: Run) -> Path:
-        """What a training printed."""
-        return self.folder / f"{self.named(each)}.out"
-
-    def best(self, each: Run) -> Path:
-        """The network of a training."""
-        return self.path(each) / BEST
 
     def content(self) -> dict:
         """The results so far: ``runs`` by the name of their folder, ``rows`` of the table."""
@@ -200,14 +191,14 @@ class Table:
         A training has failed, and a best accuracy of 0, if it diverged or fell back to a constant
         answer, which is for good.
         """
-        path, output = self.path(each), self.output(each)
+        path, output = self.path(each), self.folder / f"{self.named(each)}.out"
         log = read_log(path / LOG) if (path / LOG).exists() else {}
         clean, robust = log.get("Held-out Acc.", []), log.get("Held-out Robust Acc.", [])
         diverged = output.exists() and "error: the loss is" in output.read_text()
         failed = diverged or (clean and clean[-1] < max(clean) / 2)
         if not failed and len(clean) < self.length(each)[0]:
             return {}
-        best = 0.0 if failed else load_checkpoint(self.best(each))["best_acc"]
+        best = 0.0 if failed else load_checkpoint(path / BEST)["best_acc"]
         minutes = sum(log.get("Seconds", [])) / 60
         cpu = versions()["cpu"]
         return {"robust": robust, "clean": clean, "best": best, "minutes": minutes, "cpu": cpu}
@@ -221,7 +212,7 @@ class Table:
             words += ["--manualSeed", str(each.seed)]
             words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(self.path(each))]
             try:
-                run([*words, "--resume", "auto"], self.output(each))
+                run([*words, "--resume", "auto"], self.folder / f"{self.named(each)}.out")
             except UserError:
                 if not self.read(each):
                     raise
@@ -263,15 +254,10 @@ class Table:
         """One training step of a method, as a function."""
         flags = self.settled(name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        x = self.train_set.float_images(slice(BATCH)).to(device)
-        x, y = x.contiguous(memory_format=torch.channels_last), self.train_set.labels[:BATCH]
-        y, size = y.to(device), {"in_channels": x.shape[1], "image_size": x.shape[2]}
-        network = build_model(flags.arch, depth=flags.depth, activation=flags.activation, **size)
-        network.to(device, memory_format=torch.channels_last)
+        data = self.train_set.head(BATCH).to(device)
+        x, y, network = data.float_images(), data.labels, network_of(flags, data, device)
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
-        names = ("step_size", "num_steps", "search", "bn_mode", "beta")
-        options = {key: getattr(flags, key) for key in names}
-        loss = DefenseLoss(network, Defense(flags.defense, Ball("l_inf", flags.epsilon), **options))
+        loss = DefenseLoss(network, Defense.of(flags))
 
         def step() -> None:
             optimizer.zero_grad()
@@ -383,14 +369,15 @@ class Table:
             report = self.path(each) / f"{re.sub('[ /]', '_', attack)}.json"
             words = [f"{self.scripts}_eval.py", *self.data, "--attack_method", name]
             words += ["--epsilon", epsilon, "--num_examples", str(self.attacks[attack])]
-            words += ["--model_path", str(self.best(each)), "--output", str(report)]
+            words += ["--model_path", str(self.path(each) / BEST), "--output", str(report)]
             run(words, report.with_suffix(".out"))
             found = json.loads(report.read_text())
             entry = {"checkpoint_sha256": found["checkpoint_sha256"], **found["attacks"][name]}
             del entry["versions"]
             self.record(each, {attack: entry})
 
-        lost = [each for each in self.runs() if missing(each) and not self.best(each).exists()]
+        lost = [each for each in self.runs() if missing(each)]
+        lost = [each for each in lost if not (self.path(each) / BEST).exists()]
         run_each(self.train_one, [(each,) for each in lost], self.args.jobs)
         self.train()  # what ended well on one machine may fail on another
         pairs = itertools.product(self.attacks, self.runs())
@@ -419,23 +406,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("dataset", choices=SETTINGS)
-    add("--minutes", type=float, default=60.0, help="of one core, by AT")
+    minutes, share = number("MINUTES", above=True)[0], number("SHARE", 0, 1, above=True)[0]
+    add("--minutes", type=minutes, default=60.0, help="of one core, by AT")
     add("--stages", nargs="+", choices=stages, default=stages)
     add("--only", nargs="*", choices=METHODS, default=list(METHODS), help="these methods")
     add("--extra", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"),
         help="a variant of LFR")  # fmt: skip
     add("--flags", default="", help="training flags that all methods get, as one word")
-    add("--share", type=float, default=0.1, help="of the minutes, for each try of the search")
+    add("--share", type=share, default=0.1, help="of the minutes, for each try of the search")
     add("--seeds", type=int, nargs="+", default=[1000, 1001, 1002], help="a network for each")
-    add("--turns", type=positive, default=20, help="of the timing")
+    add("--turns", type=positive, default=20, help="timed turns of each method")
     add("--data_dir", type=Path, default=Path("./data"))
     add("--runs_dir", type=Path, default=Path("runs/equal_cost"))
     add("--threads", type=positive, default=1, help="CPU threads of a run")
     add("--jobs", type=positive, default=1, help="runs at the same time")
     add("--results", type=Path, help="JSON: what is done; default: results.json in the run folder")
     args = parser.parse_args()
-    if not (0 < args.minutes < math.inf and 0 < args.share <= 1):
-        parser.error("--minutes must be above 0 and finite, --share above 0 and at most 1")
     if not (args.only or args.extra):
         parser.error("--only without a method needs an --extra")
     extra = [*METHODS, *(name for name, _ in args.extra)]

@@ -6,8 +6,8 @@
     python -m benchmarks.speed --batches 4 --turns 1 --num_steps 1            # a rehearsal
 
 Rows: the paper's search, a training step with ``--search paper`` and ``fast``, and PGD, for every
-network, data type, layout and batch named. The sides take turns; a row tells the median of the
-paired ratios, so that a machine whose speed drifts slows all sides. The plain side is
+network, data type, layout and batch named. The sides take turns, so that a machine whose speed
+drifts slows all of them; a row gives the median of the paired ratios. The plain side is
 `reference.py` with the same search, data type and layout. ``--against`` adds another checkout, in a
 second process. On CUDA the clock is CUDA events, and "busy" is the share of the time in which a
 kernel runs: the rest are gaps. Rows that the output has are not measured again.
@@ -276,9 +276,9 @@ def main() -> int:
     add("--batches", nargs="+", type=positive, default=[128])
     add("--layouts", nargs="+", choices=LAYOUTS, default=["channels_last"])
     add("--dtypes", nargs="+", choices=("float32", "tf32", "bfloat16"), default=["float32"])
-    add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
+    add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure")
     add("--against", type=Path, help="another checkout of this repository")
-    add("--turns", type=positive, default=5, help="that count")
+    add("--turns", type=positive, default=5, help="timed turns; one more warms up")
     add("--num_steps", type=positive, help="of every search and attack; default: as published")
     add("--threads", type=positive, default=torch.get_num_threads())
     add("--data_dir", type=Path, help="folder of the data sets; default: random images")

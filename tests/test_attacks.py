@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from utils.attacks import ATTACKS, Budget, family, gradient_budget, logits_of, pgd
+from utils.attacks import ATTACKS, Budget, Settings, family, gradient_budget, logits_of, pgd
 from utils.attacks.budgets import COLOUR, GREY, SVHN
 from utils.attacks.gradient import (
     BudgetViolation,
@@ -264,12 +264,12 @@ def test_defaults_are_the_published_ones():
 
 
 def test_settings_replace_defaults():
-    assert gradient_budget("PGD", GREY, epsilon=0.15).step_size == pytest.approx(0.005)
-    given = gradient_budget("PGD", GREY, "l_2", epsilon=2.0, num_steps=7, step_size=0.5, restarts=3)
+    assert gradient_budget("PGD", GREY, Settings(epsilon=0.15)).step_size == pytest.approx(0.005)
+    given = gradient_budget("PGD", GREY, Settings("l_2", 2.0, 7, 0.5, restarts=3))
     assert given == Budget("l_2", 2.0, 7, 0.5, restarts=3)
     assert str(given) == "l_2 2, 7 x 0.5, 3 starts"
-    assert gradient_budget("FGSM", GREY, num_steps=9, restarts=4) == gradient_budget("FGSM", GREY)
-    assert gradient_budget("MPGD", GREY, restarts=4) == gradient_budget("MPGD", GREY)
+    for name, settings in (("FGSM", Settings(num_steps=9)), ("MPGD", Settings(restarts=4))):
+        assert gradient_budget(name, GREY, settings) == gradient_budget(name, GREY)
 
 
 def test_momentum_pgd_begins_at_the_image():
@@ -285,7 +285,7 @@ def test_momentum_pgd_begins_at_the_image():
         momentum = decay * momentum + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         x_adv = x_adv.detach() + step * momentum.sign()
         x_adv = x_adv.clamp(x - epsilon, x + epsilon).clamp(0, 1)
-    budget = gradient_budget("MPGD", GREY, epsilon=epsilon, num_steps=7, step_size=step)
+    budget = gradient_budget("MPGD", GREY, Settings("l_inf", epsilon, 7, step))
     found = pgd(network, x, y, budget, early_stop=False)
     assert torch.allclose(found.x_adv, x_adv, atol=1e-12)
 

@@ -271,10 +271,9 @@ def test_probe_of_a_linear_classifier(norm):
     assert network.training
 
 
-def test_bn_gap_without_batch_norm_is_none():
+def test_without_batch_norm_there_is_one_measure():
     found = bn_gap(Dense(), imageset(), Ball("l_inf", 0.1), 4)
-    assert found["accuracy_eval"] == found["accuracy_batch"]
-    assert found["flatness_eval"] == found["flatness_batch"] > 0
+    assert found.keys() == {"accuracy_eval", "flatness_eval"} and found["flatness_eval"] > 0
 
 
 def test_bn_gap_by_hand():

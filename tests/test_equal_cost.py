@@ -227,6 +227,23 @@ def test_the_cost_of_a_step_is_measured_once(table, commands, tmp_path):
     assert table(*words) == 0 and path.stat().st_mtime_ns == written
 
 
+def test_what_is_timed_is_what_is_trained(table, commands, monkeypatch):
+    class Built(Exception):
+        pass
+
+    def build(network, defense):
+        raise Built(network.arch, defense)
+
+    monkeypatch.setattr(equal_cost, "DefenseLoss", build)
+    flags = "-a wrn --depth 10 --norm_layer group --norm l_2 --epsilon 1.5"
+    with pytest.raises(Built) as built:
+        table("--stages", "time", "--flags", flags)
+    arch, defense = built.value.args
+    assert arch["widen_factor"] == MNIST_defense.DEFAULTS["widen_factor"] != 10
+    assert (arch["name"], arch["depth"], arch["norm_layer"]) == ("wrn", 10, "group")
+    assert (defense.name, defense.ball.norm, defense.ball.epsilon) == ("at", "l_2", 1.5)
+
+
 def test_a_start_by_at_costs_what_at_costs(table, commands, tmp_path, monkeypatch):
     seconds = itertools.cycle([1.0, 3.0])  # of a step by at, and of one by the variant's defense
     monkeypatch.setattr(equal_cost, "timeit", lambda step, number: next(seconds))

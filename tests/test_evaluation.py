@@ -128,24 +128,45 @@ def test_results_do_not_depend_on_the_batch(checkpoint, tmp_path):
     assert found[0] == found[1]
 
 
-def test_two_processes_find_what_one_finds(checkpoint, tmp_path):
-    flags = ["--attack_method", "FGSM", "PGD", "--num_steps", 4, "--test_batch", 5]
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    assert evaluate(checkpoint, *flags, "--output", one) == 0
+def two_processes(checkpoint, flags, script="MNIST_eval.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_port=29541", "MNIST_eval.py", "--model_path", checkpoint]
-    command += ["--dataset", "digits", "--num_examples", 24, *flags, "--output", two]
+    command += ["--master_port=29541", script, "--model_path", checkpoint]
     done = subprocess.run(
-        list(map(str, command)),
-        cwd=Path(MNIST_eval.__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        list(map(str, [*command, "--dataset", "digits", "--num_examples", 24, *flags])),
+        cwd=(root := Path(MNIST_eval.__file__).parent),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_find_what_one_finds(checkpoint, tmp_path):
+    flags = ["--attack_method", "FGSM", "PGD", "--num_steps", 4, "--test_batch", 5]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert evaluate(checkpoint, *flags, "--output", one) == 0
+    printed = two_processes(checkpoint, [*flags, "--output", two])
     assert attacks_of(one) == attacks_of(two)
-    assert done.stdout.count("clean accuracy") == 1
+    assert printed.count("clean accuracy") == 1
+
+
+def test_a_warning_of_any_process_is_in_the_report(checkpoint, tmp_path):
+    script, report = tmp_path / "warned.py", tmp_path / "report.json"
+    script.write_text("""
+from types import SimpleNamespace
+import MNIST_eval
+from utils import evaluation
+
+def pgd(network, x, y, budget, index, seed):
+    return SimpleNamespace(x_adv=x, robust=y >= 0, warnings=[f"{i} odd" for i in index if i == 7])
+
+evaluation.pgd = pgd
+MNIST_eval.main()
+""")
+    two_processes(checkpoint, ["--test_batch", 5, "--output", report], script)
+    assert json.loads(report.read_text())["attacks"]["PGD"]["notes"] == ["7 odd"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -100,16 +100,16 @@ def test_radius_is_measured_once_and_drawn_again(draw, pair, tmp_path, monkeypat
     assert (draw("radius", "--json", kept) == first).all()
 
 
-def test_networks_and_radii_that_make_no_chart(draw, pair, tmp_path):
+def test_networks_and_radii_that_make_no_chart(draw, pair, tmp_path, capsys):
     words = ["radius", "--json", tmp_path / "radius.json", "--dataset", "digits"]
-    for name, radius, says in (
-        ("b", 8, "--epsilons"),
-        ("a", 0.1, "two networks of one name"),
-    ):
-        with pytest.raises(UserError, match=says):
-            draw(*words, "--model", f"a={pair[1]}", f"{name}={pair[1]}", "--epsilons", radius)
-    with pytest.raises(UserError, match="not for the images of digits"):
-        draw(*words, "--model", f"a={pair[1].with_name('colour')}")
+    words += ["--model", f"a={pair[1]}"]
+    with pytest.raises(SystemExit):
+        draw(*words, "--epsilons", 8)
+    assert "--epsilons: got '8', allowed is a finite number" in capsys.readouterr().err
+    with pytest.raises(UserError, match="two networks of one name"):
+        draw(*words, f"a={pair[1]}")
+    with pytest.raises(UserError, match="a network for 3 channels, dataset digits has 1"):
+        draw(*words[:-1], f"a={pair[1].with_name('colour')}")
     (tmp_path / "radius.json").write_text("{}")
     with pytest.raises(UserError, match="no networks in it"):
         draw("radius", "--json", tmp_path / "radius.json")
@@ -175,7 +175,7 @@ def test_mistakes_are_one_line(draw, pair, tmp_path):
         (["curves", tmp_path / "gone"], "no such file"),
         (["curves", other], "not the log of a run"),
         (["curves", write_log(tmp_path / "empty", epochs=0)], "no epoch in it"),
-        (["surface", *colour], "is not for the images of digits"),
+        (["surface", *colour], "a network for 3 channels, dataset digits has 1"),
         (["radius", "--json", other], "other.json"),
         (["radius", "--json", tmp_path / "gone.json"], "(?i)no such file"),
     ):

@@ -200,7 +200,7 @@ def measure(args: argparse.Namespace) -> str:
             with normalization(network, batch_statistics=by_batch):
                 logits = network(x).detach()
                 clean = dict(widths) if by_batch else clean
-                row = [100 * (logits.argmax(1) == y).float().mean(), logits.std(0).mean()]
+                row = [100 * (logits.argmax(1) == y).float().mean()]
                 row += [flatness(network, at, y, ball).detach().mean() for at in (x, x_adv)]
             # The median over the channels of the widest layer.
             wide = widths if by_batch else {each: each.running_var.sqrt() for each in layers}
@@ -208,8 +208,7 @@ def measure(args: argparse.Namespace) -> str:
             found[by_batch].append(
                 [float(value) for value in (*row, max(r.median() for r in ratios))]
             )
-    labels = ("accuracy, clean images (%)", "deviation of the logits over the images",
-              "gradient norm, clean images", "gradient norm, x_adv",
+    labels = ("accuracy, clean images (%)", "gradient norm, clean images", "gradient norm, x_adv",
               "widest layer: running statistics, or those of x_adv, / clean batch")  # fmt: skip
     means = ([f"{statistics.mean(column):.2f}" for column in zip(*t)] for t in found)
     head = (str(args.checkpoint), "running statistics", "batch statistics")

@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tools.scripts import positive
-from utils.attacks import family, gradient_budget, misclassified, pgd
+from utils.attacks import Settings, family, gradient_budget, misclassified, pgd
 from utils.checkpoints import find_checkpoint
 from utils.data import ImageSet, classes_in_turn
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError, run_script
 from utils.foreign import naming
 from utils.lfr import Ball, input_gradient
-from utils.networks import load_network, sha256_of
+from utils.networks import check_fits, load_network, sha256_of
+from utils.options import number
 from utils.progress import Bar
 from utils.run_folder import BEST, AnyPath, read_log, write_atomic
 
@@ -73,8 +74,7 @@ def save(figure: "Figure", output: Path) -> None:
 def load_for(data: ImageSet, file: AnyPath) -> nn.Module:
     """The network of a checkpoint, in eval mode; UserError if it is not for these images."""
     network = load_network(file)[0]
-    if network.arch.get("in_channels", data.in_channels) != data.in_channels:
-        raise UserError(f"{file}: its network is not for the images of {data.name}")
+    check_fits(network, data, file)
     return network
 
 
@@ -153,8 +153,8 @@ def surface(args: argparse.Namespace) -> "Figure":
     figure, highest = new_figure(4.1), max(float(values.max()) for values in found.values())
     along, across = torch.meshgrid(offsets, offsets, indexing="ij")
     ends = [-args.epsilon, 0, args.epsilon]
-    for number, (name, values) in enumerate(found.items(), 1):
-        axes: Any = figure.add_subplot(1, 2, number, projection="3d")
+    for place, (name, values) in enumerate(found.items(), 1):
+        axes: Any = figure.add_subplot(1, 2, place, projection="3d")
         options = {"cmap": "viridis", "vmin": 0, "vmax": highest, "rcount": 41, "ccount": 41}
         drawn = axes.plot_surface(along.numpy(), across.numpy(), values.numpy(), **options)
         axes.set_title(name, loc="center", y=0.94)
@@ -195,8 +195,6 @@ def measure_radius(args: argparse.Namespace) -> dict[str, Any]:
     data = load_dataset(args.dataset, args.data_dir, train=False).head(args.num_examples)
     x, y, defaults = data.float_images(), data.labels, family(args.dataset, data.in_channels)
     epsilons, networks = sorted(args.epsilons), {}
-    if not 0 < epsilons[0] <= epsilons[-1] <= 1:
-        raise UserError("--epsilons: allowed are radii above 0 and up to 1")
     files = dict(text.partition("=")[::2] for text in args.model)
     if len(files) < len(args.model):
         raise UserError("--model: two networks of one name")
@@ -205,7 +203,7 @@ def measure_radius(args: argparse.Namespace) -> dict[str, Any]:
         network = load_for(data, file)
         robust = [~misclassified(network, x, y)]
         for epsilon in epsilons:  # a point of a small ball lies in every larger one
-            budget = gradient_budget("PGD", defaults, epsilon=epsilon)
+            budget = gradient_budget("PGD", defaults, Settings(epsilon=epsilon))
             robust.append(robust[-1] & pgd(network, x, y, budget).robust)
         accuracies = [round(100 * float(each.float().mean()), 2) for each in robust]
         networks[name] = {"checkpoint_sha256": sha256_of(file), "robust_accuracy": accuracies}
@@ -277,13 +275,13 @@ def main() -> int:
         add[draw]("--num_examples", type=positive, default=count, help="test images")
     for draw in (surface, gradients):
         add[draw]("--model", required=True, help="checkpoint of LFR's network")
-        add[draw]("--undefended", required=True, help="checkpoint of the other")
+        add[draw]("--undefended", required=True, help="checkpoint of the undefended network")
     add[surface]("--epsilon", type=float, default=0.3, help="the largest offset")
     add[surface]("--points", type=positive, default=41, help="along each direction")
     radii = [round(0.05 * i, 2) for i in range(1, 9)]
     add[radius]("--model", nargs="+", metavar="NAME=FILE", help="without, --json is drawn")
     add[radius]("--json", type=Path, required=True, help="what was measured")
-    add[radius]("--epsilons", type=float, nargs="+", default=radii)
+    add[radius]("--epsilons", type=number("PIXELS", 0, 1, above=True)[0], nargs="+", default=radii)
     add[cost]("json", type=Path, help="results of benchmarks/equal_cost.py")
     add[cost]("--runs", nargs="+", default=[], metavar="NAME=PATTERN", help="runs to draw, too")
     args = parser.parse_args()

@@ -1,6 +1,5 @@
 """Running the repository's scripts as a user does, and reading what they leave."""
 
-import argparse
 import math
 import shlex
 import statistics
@@ -12,9 +11,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.options import integer
 from utils.progress import Bar
 
 ROOT = Path(__file__).resolve().parent.parent
+positive = integer("N", 1)[0]  # for argparse
 
 
 def run(command: Sequence[str], output: Path | None = None) -> None:
@@ -72,10 +73,3 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     if len(finite) > 1:
         text += f" ({min(finite):.{digits}f} to {max(finite):.{digits}f})"
     return text
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number from 1 up")
-    return int(text)

@@ -65,8 +65,9 @@ class ImageSet:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def float_images(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """float32 [n, C, H, W] in [0, 1]: the pixels at ``index`` divided by 255."""
-        return self.images[index].float().div_(255)
+        """float32 [n, C, H, W] in [0, 1], channels_last: the pixels at ``index`` over 255."""
+        x = self.images[index].to(torch.float32, memory_format=torch.channels_last)
+        return x.div_(255)
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -164,6 +165,11 @@ class Batches:
         """Samples of global batch number ``batch``, over all ranks."""
         return self.bounds[batch][1] - self.bounds[batch][0]
 
+    def share(self, batch: int) -> slice:
+        """This rank's part of a global batch."""
+        size = self.global_size(batch)
+        return slice(*((self.rank + i) * size // self.world_size for i in (0, 1)))
+
     def generator(self, batch: int, purpose: str) -> torch.Generator:
         """For anything else that is random in a batch; on the CPU, the same on every rank."""
         return keyed_generator(purpose, self.seed, self.epoch, batch)
@@ -175,9 +181,7 @@ class Batches:
         order = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
         order = order.to(labels.device)
         for batch in range(start, len(self)):
-            first, last = self.bounds[batch]
-            share = slice(*((self.rank + i) * (last - first) // self.world_size for i in (0, 1)))
-            index = order[first:last]
+            index, share = order[slice(*self.bounds[batch])], self.share(batch)
             pixels = images[index]
             if self.augment:  # before the share is taken: a crop does not depend on the ranks
                 generator = self.generator(batch, "augment")

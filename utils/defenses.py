@@ -9,6 +9,7 @@ All searches run on :func:`utils.lfr.ascend`. The comparisons are deliberately p
 - ``none``: cross-entropy.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,13 @@ class Defense:
     search: str = "paper"
     bn_mode: str = "shared"
     beta: float = 6.0
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Defense":
+        """The one that the flags describe."""
+        names = ("step_size", "num_steps", "search", "bn_mode", "beta")
+        options = {name: getattr(args, name) for name in names}
+        return cls(args.defense, Ball(args.norm, args.epsilon), **options)
 
     def ascend(self, x: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         """:func:`utils.lfr.ascend` with these settings."""

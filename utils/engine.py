@@ -21,7 +21,7 @@ from utils.runtime import Processes
 
 LR_SCHEDULES = ("step", "cosine", "onecycle", "constant")
 BN_GAP = ("accuracy_eval", "accuracy_batch", "flatness_eval", "flatness_batch")
-Course = Callable[[float], float]  # of the learning rate, lambada, ...: by the time in epochs
+Schedule = Callable[[float], float]  # of the learning rate, lambada, ...: by the time in epochs
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Interrupted(Exception):
 def train_one_epoch(
     loss_of: Callable[[Tensor, Tensor, Tensor, float], LossTerms], batches: Batches,
     optimizer: torch.optim.Optimizer, progress: Progress, processes: Processes, *,
-    rate: Course, max_batches: int, amp: bool = False, clip_grad: float = 0.0,
+    rate: Schedule, max_batches: int, amp: bool = False, clip_grad: float = 0.0,
     after_step: Callable[[dict[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train from ``progress.batch``, which is counted on, to the end of an epoch.
+    """Train from batch ``progress.batch`` to the end of the epoch, and count ``progress`` on.
 
     Args:
         loss_of: (images, labels, noise, time in epochs) -> the terms of the loss.
@@ -104,10 +104,9 @@ def train_one_epoch(
 
 def _noise(batches: Batches, batch: int, x: Tensor) -> Tensor:
     """Standard normal numbers for this process's share, cut from those of the global batch."""
-    size = batches.global_size(batch)
-    first = batches.rank * size // batches.world_size
-    noise = torch.randn(size, *x.shape[1:], generator=batches.generator(batch, "noise"))
-    return noise[first : first + len(x)].to(x.device).contiguous(memory_format=torch.channels_last)
+    shape = (batches.global_size(batch), *x.shape[1:])
+    noise = torch.randn(shape, generator=batches.generator(batch, "noise"))[batches.share(batch)]
+    return noise.to(x.device).contiguous(memory_format=torch.channels_last)
 
 
 def _figures(terms: LossTerms, y: Tensor, processes: Processes) -> dict[str, float]:
@@ -147,15 +146,13 @@ def probe(network: nn.Module, data: ImageSet, ball: Ball, num_steps: int, batch_
 def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> dict[str, float]:
     """The network by running statistics and by batch statistics, side by side.
 
-    Returns :data:`BN_GAP`: accuracies in percent, mean gradient norms at the images. Without
-    BatchNorm one measure is both.
+    Returns :data:`BN_GAP`: accuracies in percent, mean gradient norms at the images; without
+    BatchNorm those of ``eval`` alone.
     """
     found: dict[str, float] = {}
-    for name, on_batch in {"eval": False, "batch": True}.items():
-        if on_batch and not has_batch_norm(network):
-            return {**found, **{key.replace("eval", "batch"): v for key, v in found.items()}}
-        correct, norms = 0, 0.0
-        with mode(network, training=False), normalization(network, batch_statistics=on_batch):
+    for name in ("eval", "batch")[: 1 + has_batch_norm(network)]:
+        correct, norms, by_batch = 0, 0.0, name == "batch"
+        with mode(network, training=False), normalization(network, batch_statistics=by_batch):
             for x, y, _ in Batches(data, batch_size, shuffle=False):
                 with torch.no_grad():
                     correct += int((network(x).argmax(1) == y).sum())
@@ -165,7 +162,7 @@ def bn_gap(network: nn.Module, data: ImageSet, ball: Ball, batch_size: int) -> d
     return found
 
 
-def schedules(args: argparse.Namespace) -> tuple[Course, Course, Course, float]:
+def schedules(args: argparse.Namespace) -> tuple[Schedule, Schedule, Schedule, float]:
     """By the time in epochs: rate, lambada, share of epsilon; and the time when at_start ends."""
     total, start = args.epochs, round(args.at_start * args.epochs, 6)  # 0.29 of 100 is 29
 

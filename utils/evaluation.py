@@ -8,7 +8,6 @@ evaluation scripts. Every attack is a function from a few images to verdicts ima
 import argparse
 import contextlib
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from utils import checkpoints
-from utils.attacks import budgets, family, gradient_budget, logits_of, misclassified, percent, pgd
-from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Budget, Family
+from utils.attacks import (
+    Budget,
+    Settings,
+    budgets,
+    family,
+    gradient_budget,
+    logits_of,
+    misclassified,
+    percent,
+    pgd,
+)  # fmt: skip
+from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Family
 from utils.attacks.library import CHUNK, STAGES, require_library, run_library
 from utils.attacks.masking import masking_checks
 from utils.attacks.minimum_norm import ddn, jsma, pointwise
@@ -34,7 +44,7 @@ from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation, unused_attack_flags
 from utils.foreign import naming
-from utils.networks import build_network, sha256_of, sources_of
+from utils.networks import build_network, own_network, sha256_of, sources_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
 from utils.report import check_page, write_page
@@ -44,17 +54,6 @@ from utils.tables import number, text_table
 from utils.verdict_store import VerdictStore
 
 DISTANCES = ("l0", "l2", "l_inf")
-
-
-class Settings(NamedTuple):
-    """What the attacks may do; None stands for the defaults of the dataset and of each attack."""
-
-    norm: str = "l_inf"
-    epsilon: float | None = None
-    num_steps: int | None = None
-    step_size: float | None = None
-    restarts: int = 1
-    seed: int = 0
 
 
 class Attack(NamedTuple):
@@ -72,11 +71,11 @@ def make_attack(name: str, settings: Settings, defaults: Family, shape: torch.Si
     """The attack of a published name; UserError if there is none that can attack such images."""
     columns, chunk, notes = ("robust",), None, []
     if name in GRADIENT_ATTACKS:
-        steps = gradient_budget(name, defaults, *settings[:5])
+        steps = gradient_budget(name, defaults, settings)
         run, budget, shown = partial(pgd, budget=steps), asdict(steps), str(steps)
         notes = doubtful_steps(steps.norm, steps.epsilon, steps.num_steps, steps.step_size)
     elif name in LIBRARY_ATTACKS:
-        ball = gradient_budget("FGSM", defaults, *settings[:5]).ball
+        ball = gradient_budget("FGSM", defaults, settings).ball
         run, chunk = partial(run_library, name=name, ball=ball), CHUNK
         columns = ("robust", "fell_to")
         budget = {**asdict(ball), "version": "standard", "stages": list(STAGES[name])}
@@ -120,22 +119,18 @@ class _Subject:
         return _floats(self.images[rows]), self.labels[rows]
 
     def shared(
-        self, work: Callable[[Tensor], Tensor], units: Sequence[Tensor], columns: int, bar: Bar
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``work`` on rows of the dataset, [n] -> [n, columns], a unit at a time for each process.
+        self, work: Callable[[Tensor], Any], units: Sequence[Tensor], bar: Bar
+    ) -> Iterator[tuple[Tensor, list[Any]]]:
+        """``work`` on rows of the dataset, a unit at a time for each process.
 
-        Yields rows and float64 values of all processes.
+        Yields the rows of all processes, and what each process's work gave.
         """
         rank, size = self.process.rank, self.process.size
         # The bar lives with each pass of the network, however long a batch takes.
         with bar, self.network.register_forward_hook(lambda *_: bar.update(0) and None):
             for share in (units[first : first + size] for first in range(0, len(units), size)):
-                found = [torch.zeros(len(rows), columns) for rows in share]
-                if rank < len(share):
-                    found[rank] = work(share[rank]).cpu()
-                total = self.process.sum(*torch.cat(found).double().flatten().tolist())
-                rows = torch.cat(share)
-                yield rows, torch.tensor(total, dtype=torch.float64).view(-1, columns)
+                found = self.process.gather(work(share[rank]) if rank < len(share) else None)
+                yield (rows := torch.cat(share)), found[: len(share)]
                 bar.update(len(rows))
 
     def bar(self, name: str, total: int, done: int = 0) -> Bar:
@@ -153,13 +148,13 @@ class _Subject:
             raise UserError(f"the network knows {classes} classes, a label is {largest}")
 
         def work(rows: Tensor) -> Tensor:
-            return ~misclassified(self.network, *self.rows(rows))[:, None]
+            return ~misclassified(self.network, *self.rows(rows)).cpu()
 
         right = torch.zeros(len(self.labels), dtype=torch.bool)
         units = torch.arange(len(right)).split(self.batch)
         bar = self.bar("clean images", len(right))
-        for rows, found in self.shared(work, units, 1, bar):
-            right[rows] = found[:, 0] > 0
+        for rows, found in self.shared(work, units, bar):
+            right[rows] = torch.cat(found)
         return right
 
     def attack(
@@ -191,18 +186,21 @@ class _Subject:
         if attack.chunk:
             extra["on_stage"] = lambda name, left: bar.set_postfix_str(f"{name}: {left}", False)
 
-        def work(rows: Tensor) -> Tensor:
+        def work(rows: Tensor) -> tuple[Tensor, list[str]]:
             found = attack.run(self.network, *self.rows(rows), index=rows, **extra)
             if saved is not None:
                 saved[rows] = found.x_adv.cpu()
-            attack.notes[:] = dict.fromkeys((*attack.notes, *getattr(found, "warnings", ())))
-            return torch.stack([getattr(found, name).cpu().double() for name in names], 1)
+            columns = torch.stack([getattr(found, name).cpu().double() for name in names])
+            return columns, getattr(found, "warnings", [])
 
         began = time.perf_counter()
-        for rows, found in self.shared(work, units, len(names), bar):
+        for rows, parts in self.shared(work, units, bar):
             took, began = time.perf_counter() - began, time.perf_counter()
-            values[:, rows], seconds = found.T, seconds + took
-            line = {"rows": rows.tolist(), "values": dict(zip(names, found.T.tolist()))}
+            columns, warnings = zip(*parts)
+            found, seconds = torch.cat(columns, 1), seconds + took
+            attack.notes[:] = dict.fromkeys(chain(attack.notes, *warnings))
+            values[:, rows] = found
+            line = {"rows": rows.tolist(), "values": dict(zip(names, found.tolist()))}
             store.add(attack=key, **line, seconds=took, notes=attack.notes)
         return dict(zip(names, values)), seconds
 
@@ -225,8 +223,7 @@ def summarize(
     }
     if minimum_norm:
         reached = correct & values["l2"].isfinite()
-        rate = percent(int(reached.sum()), int(correct.sum()))
-        entry["success_rate"] = None if math.isnan(rate) else rate  # JSON has no nan
+        entry["success_rate"] = percent(int(reached.sum()), int(correct.sum()))
         entry["accuracy_at_any_distance"] = percent(int((correct & ~reached).sum()), count)
         for name in DISTANCES:
             found = values[name][reached].tolist()
@@ -380,7 +377,7 @@ def run_evaluation(
         process.log(f"data: {part} of {data.name}")
         for note in notes:
             process.log(f"note: {note}")
-        own = args.network or (args.arch if ":" in (args.arch or "") else None)
+        own = own_network(args)
         code = own and f"{own} {sources_of(network, own)}"
         if not (own or args.activation or "activation" in checkpoint.get("arch", {})):
             process.log("note: its activation is not stated, relu is taken (--activation)")
@@ -399,7 +396,7 @@ def run_evaluation(
             file = checkpoints.find_checkpoint(args.transfer_from, BEST)
             found = checkpoints.load_checkpoint(file)
             other = build_network(args, file, found, data, process.device)
-        budget = gradient_budget("PGD", family(args.dataset, data.in_channels), *settings[:5])
+        budget = gradient_budget("PGD", family(args.dataset, data.in_channels), settings)
         words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}
         options |= {"save_to": args.save_adversarial, "process": process}

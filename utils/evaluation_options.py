@@ -58,7 +58,8 @@ def evaluation_parser(table: Mapping[str, Any], description: str) -> Parser:
         "weights")
     add("--mean", None, number("VALUE", -1e9), "mean by channel, for a network that wants "
         "normalised images", nargs="+")
-    add("--std", None, number("VALUE", above=True), "deviation by channel, to that end", nargs="+")
+    add("--std", None, number("VALUE", above=True), "standard deviation by channel, with --mean",
+        nargs="+")
     add("--split", "test", one_of("train", "held-out", "test"), "part of the dataset; held-out are "
         "the training images that the checkpoint's run did not train on")
     add("--num_examples", None, integer("SAMPLES", 1), "attack the first N only (default: all)")

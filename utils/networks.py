@@ -70,6 +70,25 @@ def sources_of(network: nn.Module, name: str) -> str:
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
 
 
+def own_network(args: argparse.Namespace) -> str | None:
+    """How the flags name a network that is none of ours: module:function, timm:NAME; or None."""
+    return args.network or (args.arch if ":" in (args.arch or "") else None)
+
+
+def check_fits(network: nn.Module, data: ImageSet, name: AnyPath) -> None:
+    """UserError unless a network that states its shapes, as ours do, is for such data."""
+    arch, (height, width) = getattr(network, "arch", {}), data.image_size
+    side = arch.get("image_size")
+    for what, has, needs in (
+        ("channels", data.in_channels, arch.get("in_channels")),
+        ("classes", data.num_classes, arch.get("num_classes")),
+        ("pixels", f"{height} x {width}", side and f"{side} x {side}"),
+    ):
+        if needs is not None and has != needs:
+            line = f"a network for {needs} {what}, dataset {data.name} has {has}"
+            raise UserError(f"{name} is {line}")
+
+
 def build_network(
     args: argparse.Namespace,
     path: str | None,
@@ -78,9 +97,10 @@ def build_network(
     device: torch.device,
 ) -> nn.Module:
     """The network that the flags name, with a checkpoint's weights, in eval mode, or UserError."""
+    own = own_network(args)
     if args.network:
         network = _call(args.network)
-    elif args.arch and args.arch.startswith("timm:"):
+    elif own:
         try:
             create = importlib.import_module("timm").create_model
             network = create(args.arch[5:], num_classes=data.num_classes, in_chans=data.in_channels)
@@ -89,18 +109,9 @@ def build_network(
     else:
         asked = {n: getattr(args, n) for n in NAMED}
         network, _ = load_network(path, {"name": args.arch, **asked}, checkpoint)
-    if path and (args.network or ":" in (args.arch or "")):
+    if path and own:
         restore_network(network, checkpoint, path)
-    arch = getattr(network, "arch", {})
-    side, (height, width) = arch.get("image_size"), data.image_size
-    for what, has, needs in (
-        ("channels", data.in_channels, arch.get("in_channels")),
-        ("classes", data.num_classes, arch.get("num_classes")),
-        ("pixels", f"{height} x {width}", side and f"{side} x {side}"),
-    ):
-        if needs is not None and has != needs:
-            line = f"a network for {needs} {what}, dataset {data.name} has {has}"
-            raise UserError(f"{path} is {line}")
+    check_fits(network, data, path or own)
     if args.mean:
         from torchvision.transforms import Normalize  # importing it takes seconds
 

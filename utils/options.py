@@ -46,7 +46,7 @@ def integer(word: str, low: int = 0, high: int = 10**9) -> Kind:
 def number(
     word: str, low: float = 0, high: float = math.inf, above: bool = False, below: bool = False
 ) -> Kind:
-    """A finite number in [low, high], such as ``8/255``; ``above``, ``below``: but not the end."""
+    """A finite number in [low, high], such as ``8/255``; ``above``, ``below``: exclude that end."""
     allowed = f"a finite number {'above' if above else 'at least'} {low:g}"
     allowed += f" and {'below' if below else 'at most'} {high:g}" if high < math.inf else ""
 
@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"^-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
 
     def group(self, title: str) -> Callable[..., None]:
-        """A function that adds flags under a title, see below for its use."""
+        """A function that adds flags under a title: names, default, kind, help."""
         group = self.add_argument_group(title)
 
         def add(names: str, default: Any, kind: Kind | None, help: str, **options: Any) -> None:
@@ -237,7 +237,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     """The parser of a training script; ``table`` holds what the scripts differ in."""
     get, parser = table.get, Parser(description)
     add = add_data_flags(parser, "data", table)
-    add("-j --workers", None, integer("N", 0, 256), "of old commands; the data are in memory")
+    add("-j --workers", None, integer("N", 0, 256), "ignored: the data are in memory")
     add("--nlabel", None, integer("SAMPLES", 1), "use the first N training samples (default: all)")
     add("--val_size", None, SAMPLES, "training samples held out to choose the best checkpoint; "
         "0 = none (default: 1000, at most a tenth)")
@@ -260,7 +260,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
         "course of the learning rate; step uses --schedule and --gamma")
     add("--schedule", list(get("schedule")), integer("EPOCH", 1),
         "epochs after which the learning rate is multiplied by --gamma", nargs="+")
-    add("--gamma", 0.1, number("FACTOR", 0, 1, above=True), "that factor")
+    add("--gamma", 0.1, number("FACTOR", 0, 1, above=True), "factor of --schedule")
     add("--momentum", 0.9, SHARE, "momentum of SGD")
     add("--weight_decay --wd", get("weight_decay"), number("RATE"), "L2 penalty on the weights")
     add("--clip_grad", 0.0, number("NORM"),
@@ -287,7 +287,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("--bn_mode", "shared", one_of(*BN_MODES),
         "statistics of BatchNorm; mixed is the original's, see docs/failure_case.md")
 
-    add = parser.group("watching")
+    add = parser.group("monitoring")
     add("--probe_size", 500, SAMPLES,
         "held-out and test samples attacked by a short PGD after each epoch; 0 = no probe")
     add("--probe_steps", 10, integer("N", 1, 100_000), "steps of that PGD")

@@ -136,7 +136,7 @@ def write_page(
     ``report`` is what the JSON report holds, ``rows`` are the cells of the printed table.
     """
     data = data.head(IMAGES)
-    x, y = data.float_images().contiguous(memory_format=torch.channels_last), data.labels
+    x, y = data.float_images(), data.labels
     parts = torch.arange(len(x)).split(args.test_batch)
     clean = torch.cat([logits_of(network, x[i]) for i in parts]).argmax(1)
     radii, accuracies, x_adv = [0.0], [percent(int((clean == y).sum()), len(x))], x

@@ -43,6 +43,13 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """The ``value`` of every process."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def barrier(self) -> None:
         """Wait for the other processes."""
         if self.size > 1:

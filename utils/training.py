@@ -23,13 +23,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from models import build_model
 from utils import checkpoints, engine
 from utils.board import Board, draw_grid
-from utils.data import Batches, fingerprint, split_validation
+from utils.data import Batches, ImageSet, fingerprint, split_validation
 from utils.datasets import augmentation, load_dataset
 from utils.defenses import Defense, DefenseLoss
 from utils.engine import Interrupted, Progress
 from utils.errors import UserError
 from utils.lfr import Ball, LossTerms, inner_maximization
 from utils.lfr.batch_norm import has_batch_norm, mode
+from utils.networks import NAMED
 from utils.options import Parser, doubtful_steps, settle_training, training_parser, unused_flags
 from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder, write_atomic
 from utils.runtime import Processes, StopSignal, processes, versions
@@ -52,10 +53,11 @@ FIGURES = (
     ("lambada", "", "Schedule/lambada", ""),
     ("epsilon", "", "Schedule/epsilon", ""),
     ("seconds", "Seconds", "Time/seconds_per_epoch", "seconds"),
+    ("epoch", "Epoch", "", ""),
 )
-COLUMNS = (*(column for _, column, _, _ in FIGURES if column), "Epoch")
+COLUMNS = tuple(column for _, column, _, _ in FIGURES if column)
 
-# BatchNorm has made two networks when its two kinds of statistics disagree by more percent points.
+# BatchNorm has made two networks when its statistics disagree by more percentage points.
 BN_GAP_LIMIT = 20.0
 
 # Flags of one command only: a resumed run does not take them from its checkpoint.
@@ -67,8 +69,7 @@ OF_THE_COMMAND = set(
 SPLIT = {"val_size", "nlabel", "manualSeed"}
 MEASURE = {"norm", "probe_epsilon", "probe_steps", "probe_size", *SPLIT}
 # Flags that describe a network, by their names in a checkpoint's 'arch'.
-ARCH = {name: name for name in "depth block_name widen_factor drop activation norm_layer".split()}
-ARCH["name"] = "arch"
+ARCH = {"name": "arch", **{name: name for name in (*NAMED, "norm_layer")}}
 
 
 def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None = None) -> int:
@@ -117,6 +118,20 @@ def run_path(args: argparse.Namespace) -> Path:
     return Path(args.save_dir) / args.dataset / network / f"{name}_rs_{args.manualSeed}"
 
 
+def network_of(args: argparse.Namespace, data: ImageSet, device: torch.device) -> nn.Module:
+    """A fresh network, as the flags describe it, for such data; UserError if it cannot be."""
+    height, width = data.image_size
+    if height != width and args.arch == "small_cnn":
+        raise UserError(f"{data.name} has {height}x{width} pixels, small_cnn needs squares")
+    shapes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    try:
+        options = {key: getattr(args, flag) for key, flag in ARCH.items()}
+        network = build_model(**options, **shapes, image_size=height)
+    except ValueError as error:
+        raise UserError(f"--arch {args.arch}: {error}") from None
+    return network.to(device, memory_format=torch.channels_last)
+
+
 class _Training:
     """One run: everything that its epochs need."""
 
@@ -137,7 +152,7 @@ class _Training:
                 if key in ARCH:
                     setattr(args, ARCH[key], value)
         self.ball = Ball(args.norm, args.epsilon)
-        self.network = self._build()
+        self.network = network_of(args, self.train_set, self.processes.device)
         kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[args.optimizer_type]
         options = {"momentum": args.momentum} if args.optimizer_type == "SGD" else {}
         options |= {"lr": args.lr, "weight_decay": args.weight_decay}
@@ -172,19 +187,6 @@ class _Training:
         if args.val_size:
             parts = split_validation(self.train_set, args.val_size, args.manualSeed)
             self.train_set, self.val_set = parts[0], parts[1].to(device)
-
-    def _build(self) -> nn.Module:
-        args, data = self.args, self.train_set
-        height, width = data.image_size
-        if height != width and args.arch == "small_cnn":
-            raise UserError(f"{data.name} has {height}x{width} pixels, small_cnn needs squares")
-        shapes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-        try:
-            options = {key: getattr(args, flag) for key, flag in ARCH.items()}
-            network = build_model(**options, **shapes, image_size=height)
-        except ValueError as error:
-            raise UserError(f"--arch {args.arch}: {error}") from None
-        return network.to(self.processes.device, memory_format=torch.channels_last)
 
     def _start_from(self, found: dict[str, Any], path: Path) -> None:
         """The weights of a finished network, the averaged ones where there are any."""
@@ -302,8 +304,7 @@ class _Training:
             self.train_set.to(run.device), args.train_batch, shuffle=True, augment=args.augment,
             padding=padding, hflip=hflip, seed=args.manualSeed, rank=run.rank, world_size=run.size,
         )  # fmt: skip
-        names = ("step_size", "num_steps", "search", "bn_mode", "beta")
-        defense = Defense(args.defense, self.ball, **{name: getattr(args, name) for name in names})
+        defense = Defense.of(args)
         objective = DefenseLoss(self.network, defense)
         wrapped: nn.Module = objective
         if run.size > 1:
@@ -343,7 +344,7 @@ class _Training:
         rate, lambada, widened, start = engine.schedules(args)
 
         def loss_of(x: Tensor, y: Tensor, noise: Tensor, when: float) -> LossTerms:
-            ball = Ball(args.norm, args.epsilon * widened(when))
+            ball = replace(self.ball, epsilon=args.epsilon * widened(when))
             steps = {"ball": ball, "step_size": args.step_size * widened(when)}
             name = "at" if when < start else args.defense
             objective.defense = replace(defense, name=name, **steps)
@@ -386,8 +387,8 @@ class _Training:
         """Measure the network after an epoch, write every log, save the checkpoints."""
         args, progress = self.args, self.progress
         self._settle_average(batches)
-        found = {**means, **self._measure(self._evaluated())}
-        curves = {tag: found[name] for name, _, tag, _ in FIGURES if name in found}
+        found = {**means, **self._measure(self._evaluated()), "epoch": progress.epoch}
+        curves = {tag: found[name] for name, _, tag, _ in FIGURES if tag and name in found}
         board.scalars(progress.epoch - 1, curves)
         if args.image_interval and (progress.epoch - 1) % args.image_interval == 0:
             self._draw(board, progress.epoch - 1)
@@ -403,8 +404,7 @@ class _Training:
             see = f"{BEST} is kept as it was (--bn_mode {args.bn_mode}, see docs/failure_case.md)"
             print(f"warning: epoch {progress.epoch}: {line}; {see}", file=sys.stderr, flush=True)
         board.flush()
-        row = {column: found.get(name, math.nan) for name, column, _, _ in FIGURES if column}
-        log.append({**row, "Epoch": progress.epoch})
+        log.append({column: found[name] for name, column, _, _ in FIGURES if name in found})
         folder.save(self._state(found), *names, CHECKPOINT)
         best = "  *" if BEST in names else ""
         self.processes.log(f"epoch {progress.epoch}/{args.epochs}  {_row(found)}{best}")
@@ -435,7 +435,7 @@ class _Training:
     def _draw(self, board: Board, epoch: int) -> None:
         args, network = self.args, self._evaluated()
         data = (self.val_set or self.test_set).head(5)
-        x = data.float_images().contiguous(memory_format=torch.channels_last)
+        x = data.float_images()
         steps = {"step_size": args.step_size, "num_steps": args.num_steps, "search": args.search}
         with mode(network, training=False), torch.no_grad():
             x_adv = inner_maximization(network, x, data.labels, self.ball, start=x, **steps)

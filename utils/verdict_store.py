@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.run_folder import fcntl, reason, write_atomic
+from utils.foreign import naming
+from utils.run_folder import fcntl, write_atomic
 
 
 class VerdictStore:
@@ -36,12 +37,10 @@ class VerdictStore:
         if output is None:
             return
         self._read_report(Path(output))
-        try:
+        with naming(f"cannot write {self.path}"):
             self._file = open(self.path, "ab", buffering=0) if write else None  # noqa: SIM115
-            self._lock()
             content = self.path.read_bytes() if self.path.exists() else b""
-        except OSError as error:
-            raise self._failed(error) from None
+        self._lock()
         whole = content[: content.rfind(b"\n") + 1]  # without a line that a kill cut off
         with contextlib.suppress(ValueError):
             self._lines = [json.loads(line) for line in whole.splitlines()]
@@ -59,9 +58,6 @@ class VerdictStore:
             raise _refused(self.path, "is being written by another evaluation") from None
         except OSError:  # some network shares have no locks
             pass
-
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {reason(error)}")
 
     def _read_report(self, path: Path) -> None:
         if not path.exists():
@@ -86,10 +82,8 @@ class VerdictStore:
         if self._file:
             new = [line] if self._lines else [self.identity, line]
             self._lines += new
-            try:
+            with naming(f"cannot write {self.path}"):
                 self._file.write("".join(json.dumps(part) + "\n" for part in new).encode())
-            except OSError as error:
-                raise self._failed(error) from None
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the report and remove the verdicts."""
@@ -98,7 +92,7 @@ class VerdictStore:
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Release the file; an empty one goes."""
+        """Release the file; delete it if empty."""
         if self._file:
             if not os.fstat(self._file.fileno()).st_size:
                 self.path.unlink(missing_ok=True)

@@ -4,5 +4,5 @@ Imported by their own names: `minimum_norm.py`, `library.py` (AutoAttack, Square
 (is the robustness real?).
 """
 
-from .budgets import ATTACKS, Budget, family, gradient_budget, percent
+from .budgets import ATTACKS, Budget, Settings, family, gradient_budget, percent
 from .gradient import logits_of, misclassified, pgd

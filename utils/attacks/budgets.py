@@ -1,6 +1,5 @@
 """What the attacks are called and what they may do: radii and steps, by dataset and norm."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,20 +69,27 @@ class Budget:
         return Ball(self.norm, self.epsilon)
 
 
-def gradient_budget(
-    name: str,
-    defaults: Family,
-    norm: str = "l_inf",
-    epsilon: float | None = None,
-    num_steps: int | None = None,
-    step_size: float | None = None,
-    restarts: int = 1,
-) -> Budget:
+class Settings(NamedTuple):
+    """What the attacks may do; None stands for the defaults of the dataset and of each attack."""
+
+    norm: str = "l_inf"
+    epsilon: float | None = None
+    num_steps: int | None = None
+    step_size: float | None = None
+    restarts: int = 1
+    seed: int = 0
+
+
+USUAL = Settings()
+
+
+def gradient_budget(name: str, defaults: Family, settings: Settings = USUAL) -> Budget:
     """The budget of FGSM, PGD or MPGD; what is None comes from ``defaults``.
 
     A step size that is not given grows with epsilon. FGSM (one step of epsilon) and MPGD begin at
     the image itself, so they have no restarts.
     """
+    norm, epsilon, num_steps, step_size, restarts, _ = settings
     own: Defaults = getattr(defaults, norm)
     radius = own.epsilon if epsilon is None else epsilon
     if name == "FGSM":
@@ -96,6 +102,6 @@ def gradient_budget(
     return Budget(norm, radius, steps, size, restarts)
 
 
-def percent(part: int | float, whole: int) -> float:
-    """``part`` of ``whole`` in percent, nan for nothing of nothing."""
-    return 100.0 * part / whole if whole else math.nan
+def percent(part: int | float, whole: int) -> float | None:
+    """``part`` of ``whole`` in percent, None of nothing."""
+    return 100.0 * part / whole if whole else None

@@ -69,7 +69,7 @@ class _SteadyRows(TorchFunctionMode):
 
 
 def steady_logits(network: nn.Module, x: Tensor) -> Tensor:
-    """Logits of images that :func:`filled_up` has made, in float32, no digit by the batch."""
+    """Logits of images that :func:`filled_up` has made, in float32, the same in every batch."""
     with _SteadyRows():
         return full_precision(network(x))
 

@@ -96,17 +96,13 @@ def masking_checks(
         found = attack(epsilon=radius, num_steps=steps, step_size=2.5 * radius / steps)
         curve.append(_share(found.robust))
     falls = all(later <= earlier + one_image for earlier, later in pairwise(curve))
-    name, falls = (
-        "accuracy falls to zero as epsilon grows",
-        falls and curve[-1] <= max(1, one_image),
-    )
+    name = "accuracy falls to zero as epsilon grows"
+    falls &= curve[-1] <= max(1, one_image)
     yield _check(name, falls, "accuracy in %", epsilon=radii, accuracy=curve)
 
     steps = sorted({1, max(1, budget.num_steps // 4), budget.num_steps, 2 * budget.num_steps})
-    by_steps, by_starts = (
-        [loss(num_steps=n, restarts=1) for n in steps],
-        [loss(restarts=n) for n in (1, 3)],
-    )
+    by_steps = [loss(num_steps=n, restarts=1) for n in steps]
+    by_starts = [loss(restarts=n) for n in (1, 3)]
     rises = all(b >= a * 0.99 for a, b in (*pairwise(by_steps), *pairwise(by_starts)))
     figures = {"steps": steps, "loss_by_steps": by_steps}
     figures |= {"starts": [1, 3], "loss_by_starts": by_starts}

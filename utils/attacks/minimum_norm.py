@@ -59,7 +59,7 @@ def measure(network: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Distance
 
 
 def _measured(search: Callable[..., Tensor]) -> Callable[..., Distances]:
-    """An attack of any images by a search for x_adv of those that are classified correctly."""
+    """An attack on any images, by a search for x_adv of those that are classified correctly."""
 
     @functools.wraps(search)
     @torch.no_grad()

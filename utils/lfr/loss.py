@@ -58,7 +58,7 @@ def flatness(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, ball: Ball
 def initial_point(x: Tensor, ball: Ball, search: str, noise: Tensor | None = None) -> Tensor:
     """Where the inner maximisation begins, [N, C, H, W]; ``noise``: standard normal, like ``x``.
 
-    ``paper``: Gaussian noise of deviation 0.001; at x itself many a gradient is exactly zero.
+    ``paper``: noise of standard deviation 0.001; at x itself many a gradient is exactly zero.
     ``fast``: of deviation epsilon / 4 (l_inf), or about epsilon / 2 long (l_2). A few large steps
     that always begin at x end at the same points every epoch; the network learns to be flat there
     and nowhere else.
