@@ -39,7 +39,7 @@ import torch
 
 import cifar_defense
 import MNIST_defense
-from tools.scripts import ROOT, positive, run, run_each, spread
+from tools.scripts import ROOT, positive, read_json, run, run_each, spread
 from utils.checkpoints import load_checkpoint
 from utils.datasets import load_dataset
 from utils.defenses import Defense, DefenseLoss
@@ -160,7 +160,7 @@ class Table:
     def content(self) -> dict:
         """The results so far: ``runs`` by the name of their folder, ``rows`` of the table."""
         if self.results.exists():
-            found = json.loads(self.results.read_text())
+            found = read_json(self.results, "table")
             if found["table"] != self.folder.name:
                 raise UserError(f"{self.results} is of {found['table']}, not {self.folder.name}")
             return found
@@ -188,16 +188,16 @@ class Table:
     def read(self, each: Run) -> dict:
         """The same from its folder.
 
-        A training has failed, and a best accuracy of 0, if it diverged or fell back to a constant
-        answer, which is for good.
+        A training has failed, and a best accuracy of 0, if it diverged or ends with a constant
+        answer.
         """
         path, output = self.path(each), self.folder / f"{self.named(each)}.out"
         log = read_log(path / LOG) if (path / LOG).exists() else {}
         clean, robust = log.get("Held-out Acc.", []), log.get("Held-out Robust Acc.", [])
         diverged = output.exists() and "error: the loss is" in output.read_text()
-        failed = diverged or (clean and clean[-1] < max(clean) / 2)
-        if not failed and len(clean) < self.length(each)[0]:
+        if not diverged and len(clean) < self.length(each)[0]:
             return {}
+        failed = diverged or clean[-1] < max(clean) / 2
         best = 0.0 if failed else load_checkpoint(path / BEST)["best_acc"]
         minutes = sum(log.get("Seconds", [])) / 60
         cpu = versions()["cpu"]

@@ -1,16 +1,15 @@
-"""What LFR costs: paired times of this code, of plain double backward, and of another checkout.
+"""What LFR costs: paired times of this code and of plain double backward.
 
     python -m benchmarks.speed --data_dir DATA --small_cnn FILE --resnet FILE --output FILE.json
-    python -m benchmarks.speed --against ../older_checkout
     python -m benchmarks.speed --device cuda --networks preact_resnet wrn --dtypes tf32 bfloat16
     python -m benchmarks.speed --batches 4 --turns 1 --num_steps 1            # a rehearsal
 
 Rows: the paper's search, a training step with ``--search paper`` and ``fast``, and PGD, for every
 network, data type, layout and batch named. The sides take turns, so that a machine whose speed
-drifts slows all of them; a row gives the median of the paired ratios. The plain side is
-`reference.py` with the same search, data type and layout. ``--against`` adds another checkout, in a
-second process. On CUDA the clock is CUDA events, and "busy" is the share of the time in which a
-kernel runs: the rest are gaps. Rows that the output has are not measured again.
+drifts slows both; a row gives the median of the paired ratios. The plain side is `reference.py`
+with the same search, data type and layout. On CUDA the clock is CUDA events, and "busy" is the
+share of the time in which a kernel runs: the rest are gaps. Rows that the output has are not
+measured again.
 """
 
 import argparse
@@ -18,14 +17,9 @@ import copy
 import itertools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,28 +30,17 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import reference
 from models import build_model
-from utils.attacks import Budget
+from tools.scripts import positive, read_json
+from utils.attacks import Budget, pgd
+from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
-
-try:
-    from utils.lfr import Ball, inner_maximization, lfr_loss
-except ImportError:  # --serve in a checkout from before `utils/lfr` was a package
-    from utils.ball import Ball
-
-    from utils.attacks import attack as pgd
-    from utils.lfr import lfr_loss
-    from utils.lfr import sharpest_point as inner_maximization
-else:
-    from benchmarks import reference
-    from tools.scripts import positive
-    from utils.attacks import pgd
-    from utils.datasets import load_dataset
-    from utils.lfr import initial_point
-    from utils.networks import load_network
-    from utils.run_folder import write_atomic
-    from utils.runtime import versions
-    from utils.tables import markdown_table
+from utils.lfr import Ball, initial_point, inner_maximization, lfr_loss
+from utils.networks import load_network
+from utils.run_folder import write_atomic
+from utils.runtime import versions
+from utils.tables import markdown_table
 
 
 class Case(NamedTuple):
@@ -107,7 +90,7 @@ def jobs(case: Case, autocast: Any, network: nn.Module, *batch: Tensor) -> Jobs:
             terms = lfr_loss(trained, x, y, ball, start=start, **options)
         terms.total.backward()
         optimizer.step()
-        return terms[-1]
+        return terms.x_adv
 
     find = partial(inner_maximization, network, x, y, ball, start=start, **case.paper)
     attack = autocast(lambda: pgd(network, x, y, budget).robust)
@@ -171,37 +154,6 @@ def measure(job: Callable[[], Tensor], device: torch.device) -> tuple[float, ...
     return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() / 2**30
 
 
-@contextmanager
-def other_process(checkout: Path, *given: Any) -> Iterator[Callable[[str], tuple[float, ...]]]:
-    """A function that measures a row by the code of another checkout, in a process of its own."""
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save((torch.get_num_threads(), *given), file.name)
-        words, pipe = [sys.executable, __file__, "--serve", file.name], subprocess.PIPE
-        path = {**os.environ, "PYTHONPATH": str(checkout)}
-        options = {"cwd": checkout, "env": path, "stdin": pipe, "stdout": pipe, "text": True}
-        with subprocess.Popen(words, **options) as process:
-
-            def run(row: str) -> tuple[float, ...]:
-                print(row, file=process.stdin, flush=True)
-                if not (answer := process.stdout.readline()):
-                    raise UserError(f"--against {checkout}: its process has ended, see above")
-                return tuple(map(float, answer.split()))
-
-            yield run
-            process.stdin.close()
-
-
-def serve(file: str) -> None:
-    """Be the other process: measure the row that each line names."""
-    threads, dtype, layout, case, arch, state, x, *rest = torch.load(file)
-    network = build_model(**arch)
-    network.load_state_dict(state)
-    network.to(x.device, memory_format=LAYOUTS[layout]).eval()
-    rows = jobs(Case(*case), set_up(threads, dtype, x.device), network, x, *rest)
-    for line in sys.stdin:
-        print(*measure(rows[line.strip()], x.device), flush=True)
-
-
 def paired(sides: dict[str, Callable[[], tuple[float, ...]]], turns: int) -> dict[str, Any]:
     """Medians of each side, and ratios to ours: median, least, largest."""
     taken = [{name: side() for name, side in sides.items()} for _ in range(turns + 1)][1:]
@@ -239,31 +191,25 @@ def compare(
     given = network, x, y, initial_point(x, ball, "paper")
     autocast = set_up(args.threads, dtype, device)
     ours, theirs = jobs(case, autocast, *given), plain(case, autocast, *given)
-    sent = dtype, layout, tuple(case), network.arch, network.state_dict(), *given[1:]
-    other = other_process(args.against.resolve(), *sent) if args.against else nullcontext()
-    with other as run_other:
-        for row in rows:
-            sides = {"plain": partial(measure, theirs[row], device)}
-            sides["ours"] = partial(measure, ours[row], device)
-            sides |= {"other": partial(run_other, row)} if args.against else {}
-            found = paired(sides, args.turns)
-            fits = not math.isnan(found["seconds"]["ours"])
-            yield row, found | (profile(ours[row], device) if fits else {})
+    for row in rows:
+        sides = {"plain": theirs[row], "ours": ours[row]}
+        found = paired({k: partial(measure, job, device) for k, job in sides.items()}, args.turns)
+        fits = not math.isnan(found["seconds"]["ours"])
+        yield row, found | (profile(ours[row], device) if fits else {})
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown of all rows."""
     columns = [(key, side) for key in ("seconds", "GiB") for side in ("plain", "ours")]
-    ratios = ["plain / ours", "other / ours"]
     keys = ("network", "batch", "layout", "type", "what")
     rates = "ours, images/s", "ours, TFLOP/s", "busy"
-    rows = [[*keys, *map(", ".join, columns), *rates, *ratios]]
+    rows = [[*keys, *map(", ".join, columns), *rates, "plain / ours"]]
     for key, row in found.items():
         cells = [f"{row[name][side]:.4g}" for name, side in columns]
         done = int(key.split(" | ")[1]), row.get("TFLOP", math.nan)
         cells += [f"{count / row['seconds']['ours']:.4g}" for count in done]
         cells.append(f"{row.get('busy', math.nan):.0%}")
-        cells += ["{:.2f}x ({:.2f} to {:.2f})".format(*row.get(k, [math.nan] * 3)) for k in ratios]
+        cells.append("{:.2f}x ({:.2f} to {:.2f})".format(*row["plain / ours"]))
         rows.append([*key.split(" | "), *cells])
     return markdown_table(rows, left=range(4))
 
@@ -277,7 +223,6 @@ def main() -> int:
     add("--layouts", nargs="+", choices=LAYOUTS, default=["channels_last"])
     add("--dtypes", nargs="+", choices=("float32", "tf32", "bfloat16"), default=["float32"])
     add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure")
-    add("--against", type=Path, help="another checkout of this repository")
     add("--turns", type=positive, default=5, help="timed turns; one more warms up")
     add("--num_steps", type=positive, help="of every search and attack; default: as published")
     add("--threads", type=positive, default=torch.get_num_threads())
@@ -290,7 +235,7 @@ def main() -> int:
         raise UserError("--device cuda: there is no CUDA here")
     report: dict[str, Any] = {"versions": versions(), "rows": {}}
     if args.output and args.output.exists():
-        report = json.loads(args.output.read_text())
+        report = read_json(args.output, "rows")
     found, lists = report["rows"], (args.networks, args.batches, args.layouts, args.dtypes)
     for setting in itertools.product(*lists):
         keys = {row: " | ".join(map(str, (*setting, row))) for row in args.only}
@@ -304,4 +249,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[2]) if sys.argv[1:2] == ["--serve"] else run_script(main)
+    run_script(main)

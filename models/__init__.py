@@ -38,6 +38,12 @@ def build_model(name: str, **options: Any) -> nn.Module:
     return network
 
 
+def stated_arch(network: nn.Module) -> dict[str, Any] | None:
+    """What :func:`build_model` left in a network; None where a user's means another thing by it."""
+    arch = getattr(network, "arch", None)
+    return arch if isinstance(arch, dict) else None
+
+
 def infer_arch(state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Options for :func:`build_model`, from the names and shapes of parameters; None: not ours.
 

@@ -367,3 +367,44 @@ def test_frozen_without_statistics_uses_the_batch():
         found = network(x)
     expected = by_hand(network, {"statistics": "batch", "update": False})(x)
     torch.testing.assert_close(found, expected)
+
+
+def test_frozen_layers_stay_frozen():
+    """As in fine-tuning: a layer in eval mode while the network trains."""
+    network, x, y, start = prepared("plain")
+    network.norm1.eval()
+    before = network.norm1.running_mean.clone()
+    expected = F.cross_entropy(copy.deepcopy(network)(x), y)
+    for bn_mode in BN_MODES:
+        trained = copy.deepcopy(network)
+        found = lfr_loss(
+            trained,
+            x,
+            y,
+            BALL,
+            step_size=0.05,
+            num_steps=2,
+            lambada=1,
+            bn_mode=bn_mode,
+            start=start,
+        )
+        assert bn_mode == "running" or torch.allclose(found.natural, expected)
+        assert torch.equal(trained.norm1.running_mean, before)
+        assert not torch.equal(trained.norm2.running_mean, network.norm2.running_mean)
+        assert not trained.norm1.training and trained.norm2.training
+
+
+def test_a_layer_that_is_used_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.norm(F.softplus(self.norm(x))).mean((2, 3)))
+
+    x, y = torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 0, 1])
+    options = {"step_size": 0.05, "num_steps": 1, "lambada": 1}
+    with pytest.raises(ValueError, match="used twice"):
+        lfr_loss(Twice(), x, y, BALL, **options)
+    assert lfr_loss(Twice(), x, y, BALL, bn_mode="batch", **options).total > 0

@@ -173,7 +173,7 @@ def test_flags_that_fail_with_a_seed_are_out(commands, table, monkeypatch, tmp_p
             if any(
                 part in str(path) for part in ("lr_0.1_steps_120_seed_5", "lr_0.4_steps_120_seed_6")
             ):
-                lines = path.read_text().splitlines()[:4]  # it need not go on to the end
+                lines = path.read_text().splitlines()[:-1]
                 path.write_text("\n".join([*lines, "10\t11\t30"]) + "\n")
 
     monkeypatch.setattr(equal_cost, "run", falling)
@@ -211,6 +211,25 @@ def test_an_interrupted_search_is_not_a_choice(commands, table, monkeypatch, cap
     with pytest.raises(UserError, match="the same command resumes them"):
         table("--only", "at")
     assert not capsys.readouterr().out
+
+
+def test_an_interrupted_training_has_not_failed(commands, table, monkeypatch):
+    """Not even where its last epoch is a bad one."""
+
+    def stop(command: list[str], output: Path) -> None:
+        folder = Path(command[command.index("--checkpoint") + 1])
+        folder.mkdir()
+        rows = ["Held-out Robust Acc.\tHeld-out Acc.\tSeconds", "50\t60\t30", "10\t20\t30"]
+        (folder / "log.txt").write_text("\n".join(rows) + "\n")
+        raise UserError("MNIST_defense.py was interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(equal_cost, "run", stop)
+        with pytest.raises(UserError, match="the same command resumes them"):
+            table("--only", "at", "--stages", "search", "--share", 1)
+    commands.clear()
+    assert table("--only", "at", "--stages", "search", "--share", 1) == 0
+    assert len(commands) == 6
 
 
 def test_the_cost_of_a_step_is_measured_once(table, commands, tmp_path):

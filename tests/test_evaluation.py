@@ -420,6 +420,11 @@ def test_sanity_passes_an_honest_network_and_warns_of_a_masked_one(monkeypatch):
     assert found["transferred"].verdict == "WARN"
 
 
+def standardized(x):
+    """By the statistics of this batch."""
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
 def test_sanity_sees_modes_that_have_parted(monkeypatch):
     monkeypatch.setattr("utils.attacks.masking.EXAMPLES", 4)
     monkeypatch.setattr("utils.attacks.masking.require_library", no_library)
@@ -429,6 +434,13 @@ def test_sanity_sees_modes_that_have_parted(monkeypatch):
     network[1].running_var.copy_(x.flatten(1).var(0))
     y = network(x).argmax(1)
     assert verdicts(network, x, y, budget, batch=400)["train"].verdict == "PASS"
+    # 7 batches of 50 and, not to be filled up by one image's copies, one of 53.
+    few = verdicts(network, x[:403], y[:403], budget, batch=50)["train"]
+    right = sum(
+        int((network[2](standardized(part)).argmax(1) == labels).sum())
+        for part, labels in zip(x.flatten(1).tensor_split(8), y.tensor_split(8))
+    )
+    assert few.figures["batch"] == pytest.approx(100 * right / 400)
     network[1].running_mean += 20 * torch.randn(36)
     check = verdicts(network, x, y, budget, batch=400)["train"]
     assert check.verdict == "WARN"
@@ -445,6 +457,15 @@ def test_sanity_is_in_the_results(checkpoint, tmp_path, monkeypatch, capsys):
     assert len(report["sanity"]) == 7
     assert all(check["verdict"] in ("PASS", "WARN", "SKIP") for check in report["sanity"])
     assert "Is it real?" in capsys.readouterr().out
+    # A page of another radius does not show them.
+    page = tmp_path / "page.html"
+    for epsilon, shown in ((0.3, True), (0.01, False)):
+        more = ["--epsilon", epsilon, "--report", page, "--attack_method", "MPGD"]
+        more += ["--output", tmp_path / f"{epsilon}.json", "--num_steps", 2]
+        (tmp_path / f"{epsilon}.json").write_bytes(output.read_bytes())
+        assert evaluate(checkpoint, *more) == 0
+        assert ("Signs of masked gradients" in page.read_text()) == shown
+        page.unlink()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -623,7 +644,43 @@ def make():
     return Mine()
 
 number = 3
+
+class Odd(Mine):
+    arch = "odd"
+
+class Pair(Mine):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Flat(Mine):
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+class Changing(Mine):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
 """
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("Odd", ""),
+        ("Pair", "no logits .* 'tuple' object has no attribute 'shape'"),
+        ("Flat", "no logits .* not enough values"),
+        ("Changing", "no logits .* it changes its input in place"),
+    ],
+)
+def test_what_a_network_of_the_users_own_may_answer(tmp_path, monkeypatch, kind, says):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "several.py").write_text(MINE)
+    flags = ["--network", f"several:{kind}", "-d", "digits", "--attack_method", "FGSM"]
+    flags += ["--num_examples", 8]
+    if not says:
+        assert start(*flags) == 0
+        return
+    with pytest.raises(UserError, match=says):
+        start(*flags)
 
 
 @pytest.mark.parametrize("with_weights", [False, True])
@@ -658,7 +715,7 @@ def test_a_network_of_the_users_own(tmp_path, monkeypatch, digits_test, with_wei
         (["--network", "math:make"], "math.*has no attribute 'make'"),
         (["--network", "os:getpid"], "returned int, not an nn.Module"),
         (["--network", "utils.evaluation:Attack"], "Attack.*: missing a required argument"),
-        (["--network", "torch.nn:Identity"], "cannot|knows"),
+        (["--network", "torch.nn:Identity"], "no logits"),
         (["--arch", "timm:no_such_net", "--model_path", "x.pth"], "timm"),
     ],
 )
@@ -769,6 +826,8 @@ def test_an_activation_that_no_weight_tells(tmp_path, capsys):
         assert noted == (not flags)
         reports.append(json.loads((tmp_path / f"{len(flags)}.json").read_text()))
     assert [report["arch"]["activation"] for report in reports] == ["relu", "silu"]
+    with pytest.raises(UserError, match="is the report of another network"):
+        evaluate(path, "--activation", "silu", "--output", tmp_path / "0.json")
     stated = {"state_dict": network.state_dict(), "arch": network.arch}
     save_checkpoint(path, stated)
     capsys.readouterr()

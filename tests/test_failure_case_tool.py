@@ -147,16 +147,16 @@ def test_one_network_measured_by_both_statistics(tool, digits_test, tmp_path, ca
         return {name: [float(value) for value in values] for name, *values in rows}
 
     same = measured()
-    assert len(same) == 5
-    for name in ("accuracy, clean images (%)", "deviation of the logits over the images"):
+    assert len(same) == 4
+    for name in ("accuracy, clean images (%)", "gradient norm, clean images"):
         assert same[name][0] == pytest.approx(same[name][1], rel=0.05)
     widest = "widest layer: running statistics, or those of x_adv, / clean batch"
     assert same[widest][0] == pytest.approx(1, abs=0.02)
     network.layer3[0].bn2.running_var *= 16
     wide = measured()
     assert wide[widest][0] == pytest.approx(4, rel=0.02)
-    deviation = wide["deviation of the logits over the images"]
-    assert deviation[0] < 0.9 * deviation[1]
+    norm = wide["gradient norm, clean images"]
+    assert norm[0] < 0.9 * norm[1]
 
 
 def test_without_batch_norm_there_is_no_gap_to_measure(tool, small_cnn, tmp_path):

@@ -112,6 +112,9 @@ def test_networks_and_radii_that_make_no_chart(draw, pair, tmp_path, capsys):
         draw(*words[:-1], f"a={pair[1].with_name('colour')}")
     (tmp_path / "radius.json").write_text("{}")
     with pytest.raises(UserError, match="no networks in it"):
+        draw(*words)
+    assert (tmp_path / "radius.json").read_text() == "{}"
+    with pytest.raises(UserError, match="no networks in it"):
         draw("radius", "--json", tmp_path / "radius.json")
 
 

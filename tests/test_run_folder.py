@@ -219,6 +219,15 @@ def test_a_log_of_an_earlier_version_is_read_under_todays_names(tmp_path):
     assert path.read_text().splitlines() == ["\t".join(new), "1\t2\t3\t4", "nan\tnan\tnan\t5"]
 
 
+def test_a_log_of_something_else_is_not_replaced(tmp_path):
+    (log := tmp_path / "log.txt").write_text("my notes\n")
+    with pytest.raises(UserError, match="holds a run"), RunFolder(tmp_path):
+        pass
+    with pytest.raises(UserError, match="not the log of a run"):
+        Log(log, ("a", "Epoch"), epoch=3)
+    assert log.read_text() == "my notes\n"
+
+
 def test_a_log_that_is_none(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_log(tmp_path / "log.txt")

@@ -88,6 +88,22 @@ def test_a_signal_is_noted_and_a_second_one_acts(number):
         signal.signal(number, before)
 
 
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_variables_of_another_launcher_do_not_count(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with runtime.processes("0", 1) as run:
+        assert (run.size, run.rank) == (1, 0)
+
+
 def test_a_mistake_leaves_with_one_line_and_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py"])
 

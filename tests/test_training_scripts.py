@@ -570,10 +570,58 @@ def test_a_run_that_is_done_keeps_its_record(command, grey_folder, tmp_path):
     assert command(SHORT, **places)[0] == 0
     (record,) = tmp_path.rglob("args.json")
     before = record.read_bytes()
-    for more in ("--lambada 9 --epochs 1", "--dry_run"):
-        code, out, err = command(f"{SHORT} {more} --resume {record.parent}", **places)
+    for start in (f"--resume {record.parent}", f"--resume auto --checkpoint {record.parent}"):
+        code, out, err = command(f"{SHORT} {start} --dry_run", **places)
         assert code == 0 and "nothing to do: 1 of 1 epochs" in out, err
+        # Not what was asked for: another run, of the same name.
+        code, out, err = command(f"{SHORT} {start} --epsilon 0.1", **places)
+        assert code == 2 and "written with other flags: --epsilon 0.3 is now 0.1" in err
         assert record.read_bytes() == before
+
+
+def test_auto_resumes_the_same_command_alone(command, grey_folder, tmp_path):
+    places = {"data": grey_folder, "save": tmp_path / "a"}
+    flags = f"{SHORT} --resume auto"
+    assert command(f"{flags} --epsilon 0.2", **places)[0] == 0
+    code, _, err = command(f"{flags} --epochs 2", **places)
+    assert code == 0, err
+    code, _, err = command(f"{flags} --epsilon 0.1 --epochs 3", **places)
+    assert code == 2 and "--epsilon 0.2 is now 0.1" in err
+    # What a trial has left is no beginning of a run.
+    places["save"] = tmp_path / "b"
+    assert command(f"{SHORT} --dry_run", **places)[0] == 0
+    code, _, err = command(flags, **places)
+    assert code == 2 and "is of a --dry_run" in err
+    # The folder's name has the network that the weights come with.
+    network = f"{SHORT}{RESNET}"
+    assert command(network, data=grey_folder, save=tmp_path / "c")[0] == 0
+    (weights,) = tmp_path.glob("c/**/model_best.pth.tar")
+    flags = f"{SHORT} -a resnet --pretrained {weights} --resume auto"
+    places["save"] = tmp_path / "d"
+    assert command(flags, **places)[0] == 0
+    code, out, err = command(flags, **places)
+    assert code == 0 and "nothing to do: 1 of 1" in out, err
+
+
+def test_new_flags_of_a_resumed_run_count(command, grey_folder, tmp_path):
+    """Also those of the optimizer, and for one that had none of its own."""
+    places = {"data": grey_folder, "save": tmp_path / "a"}
+    assert command(SHORT, **places)[0] == 0
+    (run,) = (path.parent for path in tmp_path.rglob("log.txt"))
+    line = f"MNIST_defense.py --resume {run} --data_dir {grey_folder} --threads 1"
+    for epochs in (2, 3):  # and stay
+        more = "--weight_decay 0.5 --momentum 0.1" if epochs == 2 else ""
+        code, _, err = command(f"{line} --epochs {epochs} {more}")
+        assert code == 0, err
+        state = load_checkpoint(run / "checkpoint.pth.tar")
+        (group,) = state["optimizer"]["param_groups"]
+        assert (group["weight_decay"], group["momentum"]) == (0.5, 0.1)
+    state["given"] = {}
+    save_checkpoint(run / "checkpoint.pth.tar", state)
+    code, out, err = command(f"{line} --dataset folder --search fast --epochs 4 --max_steps 1")
+    assert code == 0 and "is not used" not in out, err
+    args = load_checkpoint(run / "checkpoint.pth.tar")["args"]
+    assert (args["search"], args["num_steps"], args["step_size"]) == ("fast", 4, 0.15)
 
 
 def test_a_branch_has_a_log_of_its_own(command, grey_folder, tmp_path):
@@ -616,6 +664,7 @@ def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
         ("whole", "--at_start 2/3", 2),
         ("warm", "--at_start 1/3 --warmup 1", 1),
         ("half", "--at_start 1/2", 1),
+        ("gradient", "--at_start 2/3 --defense igr", 2),
     ):
         assert command(f"{flags} {more}", data=grey_folder, save=tmp_path / name)[0] == 0
         path = next((tmp_path / name).rglob("log.txt"))
@@ -625,6 +674,7 @@ def test_a_start_by_adversarial_training(command, grey_folder, tmp_path):
         assert [penalty > 0 for penalty in log["loss gradient"]] == [n >= epochs for n in range(3)]
         best = load_checkpoint(path.parent / "model_best.pth.tar")["epoch"]
         assert best == 3 or name == "at"
+    path = next((tmp_path / "half").rglob("log.txt"))
     curve = read_scalars(path.parent / "scalars").Scalars("Loss_iter/Loss_gradient")
     assert [event.value > 0 for event in curve] == [False] * 3 + [True] * 3  # two steps an epoch
 
@@ -762,7 +812,7 @@ def test_the_best_epoch_is_a_trained_one(command, tmp_path, defense):
     (log,) = tmp_path.rglob("log.txt")
     robust = read_log(log)["Held-out Robust Acc."]
     best = load_checkpoint(log.with_name("model_best.pth.tar"))
-    assert best["measured"]["held_out_accuracy"] > 35
+    assert best["measured"]["held_out_accuracy"] > 25
     assert best["measured"]["held_out_robust"] < max(robust)  # by which it would not be chosen
 
 

@@ -25,13 +25,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tools.figures import COLOURS, new_figure, save
+from tools.figures import COLOURS, load_for, new_figure, save
 from tools.scripts import ROOT, positive, run, run_each, spread
-from utils.datasets import load_dataset
+from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError, run_script
 from utils.lfr import Ball, flatness, inner_maximization
 from utils.lfr.batch_norm import normalization
-from utils.networks import load_network
 from utils.run_folder import read_log, write_atomic
 from utils.tables import markdown_table
 from utils.training import BN_GAP_LIMIT
@@ -180,11 +179,11 @@ def measure(args: argparse.Namespace) -> str:
     Markdown, means over batches of 128 test images. x_adv is found by running statistics and the
     original's search for CIFAR-10.
     """
-    network, _ = load_network(args.checkpoint)
+    data = load_dataset(args.dataset, args.data_dir, train=False).head(args.num_examples)
+    network = load_for(data, args.checkpoint)
     layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     if not layers:
         raise UserError(f"{args.checkpoint}: the network has no BatchNorm")
-    data = load_dataset(args.dataset, args.data_dir, train=False).head(args.num_examples)
     ball, widths, clean = Ball("l_inf", 0.031), {}, {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -234,7 +233,7 @@ def main() -> int:
         action.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add = look.add_argument
     add("checkpoint", type=Path)
-    add("--dataset", default="cifar10", help="whose test images to use")
+    add("--dataset", choices=DATASETS, default="cifar10", help="whose test images to use")
     add("--data_dir", type=Path, default=Path("./data"))
     add("--num_examples", type=positive, default=512, help="first test images")
     args = parser.parse_args()

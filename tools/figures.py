@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.scripts import positive
+from tools.scripts import positive, read_json
 from utils.attacks import Settings, family, gradient_budget, misclassified, pgd
-from utils.checkpoints import find_checkpoint
+from utils.checkpoints import find_checkpoint, unstated
 from utils.data import ImageSet, classes_in_turn
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError, run_script
-from utils.foreign import naming
 from utils.lfr import Ball, input_gradient
 from utils.networks import check_fits, load_network, sha256_of
 from utils.options import number
@@ -73,8 +73,10 @@ def save(figure: "Figure", output: Path) -> None:
 
 def load_for(data: ImageSet, file: AnyPath) -> nn.Module:
     """The network of a checkpoint, in eval mode; UserError if it is not for these images."""
-    network = load_network(file)[0]
+    network, checkpoint = load_network(file)
     check_fits(network, data, file)
+    for note in unstated(checkpoint):
+        print(f"note: {file}: {note.partition(' (')[0]}", file=sys.stderr)
     return network
 
 
@@ -214,6 +216,8 @@ def measure_radius(args: argparse.Namespace) -> dict[str, Any]:
 def radius(args: argparse.Namespace) -> "Figure":
     """Accuracy by epsilon for every network; measured with ``--model``."""
     if args.model:
+        if args.json.exists():
+            read_json(args.json, "networks")  # only what a chart left is replaced
         write_atomic(args.json, (json.dumps(measure_radius(args), indent=1) + "\n").encode())
     found = read_json(args.json, "networks")
     axes = (figure := new_figure(4.2)).add_subplot()
@@ -250,15 +254,6 @@ def cost(args: argparse.Namespace) -> "Figure":
     return figure
 
 
-def read_json(path: Path, key: str) -> dict[str, Any]:
-    """A JSON file with this ``key``, or UserError."""
-    with naming(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if key not in found:
-            raise UserError(f"there are no {key} in it")
-        return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     figures = parser.add_subparsers(dest="figure", required=True)
@@ -276,12 +271,13 @@ def main() -> int:
     for draw in (surface, gradients):
         add[draw]("--model", required=True, help="checkpoint of LFR's network")
         add[draw]("--undefended", required=True, help="checkpoint of the undefended network")
-    add[surface]("--epsilon", type=float, default=0.3, help="the largest offset")
+    radius_of = number("PIXELS", 0, 1, above=True)[0]
+    add[surface]("--epsilon", type=radius_of, default=0.3, help="the largest offset")
     add[surface]("--points", type=positive, default=41, help="along each direction")
     radii = [round(0.05 * i, 2) for i in range(1, 9)]
     add[radius]("--model", nargs="+", metavar="NAME=FILE", help="without, --json is drawn")
     add[radius]("--json", type=Path, required=True, help="what was measured")
-    add[radius]("--epsilons", type=number("PIXELS", 0, 1, above=True)[0], nargs="+", default=radii)
+    add[radius]("--epsilons", type=radius_of, nargs="+", default=radii)
     add[cost]("json", type=Path, help="results of benchmarks/equal_cost.py")
     add[cost]("--runs", nargs="+", default=[], metavar="NAME=PATTERN", help="runs to draw, too")
     args = parser.parse_args()

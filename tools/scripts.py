@@ -1,5 +1,6 @@
 """Running the repository's scripts as a user does, and reading what they leave."""
 
+import json
 import math
 import shlex
 import statistics
@@ -9,8 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError
+from utils.foreign import naming
 from utils.options import integer
 from utils.progress import Bar
 
@@ -73,3 +76,12 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     if len(finite) > 1:
         text += f" ({min(finite):.{digits}f} to {max(finite):.{digits}f})"
     return text
+
+
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """A JSON file with this ``key``, or UserError."""
+    with naming(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if key not in found:
+            raise UserError(f"there are no {key} in it")
+        return found

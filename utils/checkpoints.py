@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import infer_arch
+from models import infer_arch, stated_arch
 from utils import foreign
 from utils.data import ImageSet
 from utils.datasets import DATASETS
@@ -125,6 +125,13 @@ def arch_of(
     return found
 
 
+def unstated(checkpoint: Mapping[str, Any], activation: str | None = None) -> list[str]:
+    """A note where nothing says what activation a network has: it leaves no trace in weights."""
+    if activation or "activation" in (checkpoint.get("arch") or {}):
+        return []
+    return ["its activation is not stated, relu is taken (--activation)"]
+
+
 def stated_dataset(checkpoint: Mapping[str, Any]) -> str | None:
     """The dataset that a checkpoint states, as ``--dataset`` calls it; None if it states none."""
     stated = (checkpoint.get("args") or {}).get("dataset") or checkpoint.get("dataset")
@@ -154,8 +161,8 @@ def check_data(
 def restore_network(network: nn.Module, checkpoint: Mapping[str, Any], path: AnyPath) -> None:
     """Load a checkpoint's weights into a network, or UserError; it is untouched then."""
     state = checkpoint["state_dict"]
-    if hasattr(network, "arch"):
-        arch_of(checkpoint, network.arch, path)
+    if stated := stated_arch(network):
+        arch_of(checkpoint, stated, path)
     have, need = (
         {n: f"{'float' if t.is_floating_point() else 'int'} {list(t.shape)}" for n, t in w.items()}
         for w in (state, network.state_dict())

@@ -61,7 +61,7 @@ def train_one_epoch(
     """
     started = time.monotonic() - progress.seconds
     counts = {"initial": progress.batch, "total": max_batches, "shown": processes.is_main}
-    rest = islice(batches.iterate(progress.batch), max_batches - progress.batch)
+    rest = islice(batches.iterate(progress.batch), max(0, max_batches - progress.batch))
     weights = [each for group in optimizer.param_groups for each in group["params"]]
     with Bar(rest, desc=f"epoch {progress.epoch + 1}", **counts) as bar:
         for x, y, _ in bar:

@@ -23,19 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models import stated_arch
 from utils import checkpoints
-from utils.attacks import (
-    Budget,
-    Settings,
-    budgets,
-    family,
-    gradient_budget,
-    logits_of,
-    misclassified,
-    percent,
-    pgd,
-)  # fmt: skip
-from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Family
+from utils.attacks import Settings, budgets, family, gradient_budget, misclassified, percent, pgd
+from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Budget, Family
 from utils.attacks.library import CHUNK, STAGES, require_library, run_library
 from utils.attacks.masking import masking_checks
 from utils.attacks.minimum_norm import ddn, jsma, pointwise
@@ -44,7 +35,7 @@ from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation, unused_attack_flags
 from utils.foreign import naming
-from utils.networks import build_network, own_network, sha256_of, sources_of
+from utils.networks import NAMED, build_network, own_network, sha256_of, sources_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
 from utils.report import check_page, write_page
@@ -139,11 +130,15 @@ class _Subject:
 
     def clean(self) -> Tensor:
         """[N] bool: which images the network gets right; UserError if it does not suit them."""
+        x, _ = self.rows(torch.arange(1))
         try:
-            classes = logits_of(self.network, self.rows(torch.arange(1))[0]).shape[1]
-        except (RuntimeError, ValueError) as error:
+            _, classes = self.network(given := x.clone()).shape
+            if not torch.equal(given, x):
+                raise ValueError("it changes its input in place")
+        except (AttributeError, RuntimeError, ValueError) as error:
             size, reason = "x".join(map(str, self.images.shape[1:])), str(error).partition("\n")[0]
-            raise UserError(f"the network cannot take images of {size}: {reason}") from None
+            line = f"the network gives no logits [N, classes] for images of {size}: {reason}"
+            raise UserError(line) from None
         if (largest := int(self.labels.max())) >= classes:
             raise UserError(f"the network knows {classes} classes, a label is {largest}")
 
@@ -375,15 +370,16 @@ def run_evaluation(
         process.log(f"model: {path or args.network} (sha256 {digest[:12]})")
         part = f"first {len(data):,} of {available:,} {args.split} images"
         process.log(f"data: {part} of {data.name}")
+        own = own_network(args)
+        facts = [own and f"{own} {sources_of(network, own)}", args.mean, args.std]
+        if not (own or checkpoint.get("arch")):
+            facts += [getattr(args, name) for name in NAMED]
+            notes += checkpoints.unstated(checkpoint, args.activation)
         for note in notes:
             process.log(f"note: {note}")
-        own = own_network(args)
-        code = own and f"{own} {sources_of(network, own)}"
-        if not (own or args.activation or "activation" in checkpoint.get("arch", {})):
-            process.log("note: its activation is not stated, relu is taken (--activation)")
         identity = {
             "checkpoint_sha256": digest,
-            "network": (own or args.mean) and f"{code} {args.mean} {args.std}",
+            "network": " ".join(map(str, facts)) if any(facts) else None,
             "dataset": data.name,
             "data_sha256": fingerprint(data.images, data.labels),
             "num_examples": len(data),
@@ -407,7 +403,8 @@ def run_evaluation(
                 process.log(f"\n{results_table(report['attacks'])}")
                 if args.sanity and process.is_main:
                     report["sanity"] = _masking(args, network, other, data, budget)
-                about = {"model_path": path, "arch": getattr(network, "arch", args.arch)}
+                    report["sanity_budget"] = str(budget)
+                about = {"model_path": path, "arch": stated_arch(network) or args.arch}
                 about |= {"test_set": available, "split": args.split, "command": shlex.join(words)}
                 report = {**store.report, **about, **identity, **report}
                 if args.report:

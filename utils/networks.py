@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import build_model
+from models import build_model, stated_arch
 from utils.checkpoints import arch_of, find_checkpoint, load_checkpoint, restore_network
 from utils.data import ImageSet
 from utils.errors import UserError
@@ -77,7 +77,7 @@ def own_network(args: argparse.Namespace) -> str | None:
 
 def check_fits(network: nn.Module, data: ImageSet, name: AnyPath) -> None:
     """UserError unless a network that states its shapes, as ours do, is for such data."""
-    arch, (height, width) = getattr(network, "arch", {}), data.image_size
+    arch, (height, width) = stated_arch(network) or {}, data.image_size
     side = arch.get("image_size")
     for what, has, needs in (
         ("channels", data.in_channels, arch.get("in_channels")),

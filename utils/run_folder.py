@@ -103,7 +103,7 @@ class RunFolder(contextlib.AbstractContextManager):
             for entry in (*run, log):
                 entry.unlink(missing_ok=True)
             shutil.rmtree(self.scalars, ignore_errors=True)
-        elif run or (log.exists() and any(read_log(log).values())):
+        elif run or (log.exists() and read_log(log).get("Valid Acc.") != []):  # no epoch yet
             raise UserError("holds a run: --resume it, --overwrite it or choose another --save_dir")
         # Only the newest state's: by an older checkpoint another network was the best.
         if resume_from and resume_from.name == CHECKPOINT:
@@ -127,6 +127,8 @@ class Log:
     def __init__(self, path: AnyPath, columns: Sequence[str], epoch: int = 0) -> None:
         self.path, self.columns = Path(path), tuple(columns)
         old = read_log(path) if epoch and self.path.exists() else {}
+        if old and not old.keys() & {*columns}:
+            raise UserError(f"{path}: not the log of a run; --checkpoint names another folder")
         rows = [dict(zip(old, row)) for row in zip(*old.values())]
         rows = [{"Epoch": number, **row} for number, row in enumerate(rows, 1)]
         self._rows = [row for row in rows if row["Epoch"] <= epoch]

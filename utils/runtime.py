@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from typing import Any
 
@@ -81,14 +82,15 @@ def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
 
     UserError: no such GPU; several GPUs named but one process started.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK") if dist.is_torchelastic_launched() else ()
+    size, rank, local_rank = [int(os.environ[name]) for name in names] or (1, 0, 0)
     if threads:
         torch.set_num_threads(threads)
     count = len(gpu_id.split(","))
     if torch.cuda.is_available() and count > 1 and size == 1:
         start = f"torchrun --nproc_per_node={count} {sys.argv[0]} ... with the same flags"
         raise UserError(f"--gpu_id {gpu_id}: one process drives one GPU; start {start}")
-    device, line = pick_device(gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
+    device, line = pick_device(gpu_id, local_rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     _keep_freed_memory()
     # oneDNN and MKL are slow on denormal numbers, which vanishing gradients produce in masses.
@@ -96,7 +98,9 @@ def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
     run = Processes(device, rank, size)
     run.log(line + (f", {size} processes" if size > 1 else ""))
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A batch of AutoAttack takes hours where its images resist; the other process waits.
+        week = timedelta(days=7)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=week)
     try:
         yield run
     finally:
@@ -138,7 +142,10 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+        numbers = (getattr(signal, name) for name in self.NAMES if hasattr(signal, name))
+        for number in numbers:
+            if signal.getsignal(number) == signal.SIG_IGN:  # nohup: the run outlives its terminal
+                continue
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.lfr import Ball, LossTerms, inner_maximization
 from utils.lfr.batch_norm import has_batch_norm, mode
 from utils.networks import NAMED
-from utils.options import Parser, doubtful_steps, settle_training, training_parser, unused_flags
+from utils.options import doubtful_steps, settle_training, training_parser, unused_flags
 from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder, write_atomic
 from utils.runtime import Processes, StopSignal, processes, versions
 
@@ -82,14 +82,22 @@ def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None
     found = None
     try:
         args = settle_training(parser, table, typed)
+        if args.pretrained is not None and args.resume in (None, "auto"):
+            args.pretrained = checkpoints.find_checkpoint(args.pretrained, BEST)
+            found = checkpoints.load_checkpoint(args.pretrained)
+            _take_arch(args, typed, found, args.pretrained)  # which also names the run folder
         if args.resume == "auto":
             path = run_path(args) / CHECKPOINT
             args.resume = path if path.exists() else None
         if args.resume is not None:
             path = checkpoints.find_checkpoint(args.resume, CHECKPOINT)
             found = checkpoints.load_checkpoint(path)
-            args = settle_training(parser, table, {**_stated(parser, found), **typed})
+            if (found.get("args") or {}).get("dry_run"):
+                raise UserError(f"{path} is of a --dry_run; start again with --overwrite")
+            before = parser.given(parser.words(_given(found), without=OF_THE_COMMAND))
+            args = settle_training(parser, table, {**before, **typed})
             args.resume = str(path)
+            _take_arch(args, typed, found, path)
             if "training" in found and not {"save_dir", "checkpoint"} & typed.keys():
                 args.checkpoint = str(path.parent)
     except UserError as error:
@@ -98,10 +106,19 @@ def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None
         return _Training(args, typed, found, run).run()
 
 
-def _stated(parser: Parser, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that a checkpoint was trained with, as if they were typed again."""
-    before = checkpoint.get("given") or checkpoint.get("args") or {}
-    return parser.given(parser.words(before, without=OF_THE_COMMAND))
+def _take_arch(
+    args: argparse.Namespace, typed: Mapping[str, Any], found: Mapping[str, Any], path: Path
+) -> None:
+    """The network is what a checkpoint says, whatever the flags' defaults."""
+    asked = {key: typed[flag] for key, flag in ARCH.items() if flag in typed}
+    for key, value in checkpoints.arch_of(found, asked, path).items():
+        if key in ARCH:
+            setattr(args, ARCH[key], value)
+
+
+def _given(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a checkpoint's run was given; all of them where it does not say."""
+    return checkpoint.get("given", checkpoint.get("args") or {})
 
 
 def run_path(args: argparse.Namespace) -> Path:
@@ -136,21 +153,16 @@ class _Training:
     """One run: everything that its epochs need."""
 
     def __init__(
-        self, args: argparse.Namespace, typed: Mapping[str, Any], resumed: Any, run: Processes
+        self, args: argparse.Namespace, typed: Mapping[str, Any], found: Any, run: Processes
     ) -> None:
-        self.args, self.processes, self.resumed = args, run, resumed
+        self.args, self.typed, self.processes = args, typed, run
+        self.resumed = found if args.resume else None
         self.given = {k: v for k, v in typed.items() if k not in OF_THE_COMMAND}
         torch.manual_seed(args.manualSeed)
         self._load_data()
-        found, path = resumed, args.resume
-        if found is None and args.pretrained is not None:
-            path = checkpoints.find_checkpoint(args.pretrained, BEST)
-            found = checkpoints.load_checkpoint(path)
-        if found is not None:  # what it says is built, whatever the flags' defaults
-            asked = {key: typed[flag] for key, flag in ARCH.items() if flag in typed}
-            for key, value in checkpoints.arch_of(found, asked, path).items():
-                if key in ARCH:
-                    setattr(args, ARCH[key], value)
+        path = args.resume or args.pretrained
+        for note in checkpoints.unstated(found, typed.get("activation")) if found else ():
+            self.processes.log(f"note: {path}: {note}")
         self.ball = Ball(args.norm, args.epsilon)
         self.network = network_of(args, self.train_set, self.processes.device)
         kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[args.optimizer_type]
@@ -162,8 +174,8 @@ class _Training:
             average = get_ema_multi_avg_fn(args.ema)
             self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.progress = Progress(epoch=args.start_epoch)
-        if resumed is not None:
-            self.given = {**(found.get("given") or found.get("args") or {}), **self.given}
+        if self.resumed is not None:
+            self.given = {**_given(found), **self.given}
             checkpoints.check_data(found, path, self.train_set, args.force, self.data_sha256)
             self._restore(found)
         elif found is not None:
@@ -225,7 +237,9 @@ class _Training:
             self.average.n_averaged.fill_(self.progress.step)
         if not self.args.evaluate:
             checkpoints.restore_optimizer(self.optimizer, found, path)
-            inside = self._changed_flags(found).keys() & {"train_batch", "max_steps"}
+            for group in self.optimizer.param_groups:  # a new --weight_decay, --momentum counts
+                group.update({k: v for k, v in self.given.items() if k in group and k != "lr"})
+            inside = self._changed_flags(found).keys() & {"train_batch", "max_steps", *SPLIT}
             if self.progress.batch and inside:
                 line = f"--{min(inside)} cannot change within an epoch"
                 raise UserError(f"{path}: stopped at batch {self.progress.batch}; {line}")
@@ -256,7 +270,13 @@ class _Training:
             notes.append("--bn_mode is not used: the network has no BatchNorm")
         for note in [*notes, *unused_flags(args, self.given)]:
             log(f"note: {note}")
-        if progress.epoch >= args.epochs:
+        done, changed = progress.epoch >= args.epochs, {}
+        if self.resumed is not None and not args.dry_run:
+            changed = self._changed_flags(self.resumed)
+        other = [changed[name] for name in changed if name in self.typed and name != "epochs"]
+        if other and (done or self.typed["resume"] == "auto"):  # another run than was asked for
+            raise UserError(f"{args.resume} was written with other flags: {'; '.join(other)}")
+        if done:
             log(f"nothing to do: {progress.epoch} of {args.epochs} epochs are done")
             return 0
         with ExitStack() as stack:
@@ -367,8 +387,7 @@ class _Training:
             if folder is not None:
                 self._report(folder, log, board, {**first, **means}, batches)
                 saved = time.monotonic()
-            run.barrier()
-            if stop.received is not None:
+            if run.sum(float(stop.received is not None))[0]:
                 raise Interrupted
 
     def _evaluated(self) -> nn.Module:

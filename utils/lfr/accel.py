@@ -182,6 +182,8 @@ class Accelerated(TorchFunctionMode):
         running = running_mean, running_var
         if self.record is None or running_mean is None:
             return F.batch_norm(input, *running, weight, bias, True, momentum, eps)
+        if id(running_mean) in self.record:
+            raise ValueError("a BatchNorm layer is used twice: bn_mode 'shared' cannot serve it")
         y, *found = torch.native_batch_norm(input, weight, bias, *running, True, momentum, eps)
         found = (value.detach() for value in found)
         self.record[id(running_mean)] = _BatchStatistics.apply(input, *found)

@@ -80,11 +80,14 @@ class StepPolicy:
             raise ValueError(f"bn_mode is {bn_mode!r}, allowed are {', '.join(BN_MODES)}")
         self.model = model
         self.bn_mode = bn_mode if model.training else "running"
+        layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+        # A user's frozen layers, in eval mode while the network trains, stay as they are.
+        self._trained = nn.ModuleList(layer for layer in layers if layer.training)
         self._statistics: Statistics | None = {} if self.bn_mode == "shared" else None
 
     @contextmanager
     def _look(self, on_batch: bool, update: bool = False, **options: Any) -> Iterator[None]:
-        normalized = normalization(self.model, batch_statistics=on_batch, update=update)
+        normalized = normalization(self._trained, batch_statistics=on_batch, update=update)
         with normalized, Accelerated(**options):
             yield
 
@@ -108,6 +111,6 @@ class StepPolicy:
     def finish(self, x: Tensor) -> None:
         """The update of the running statistics that is no by-product of the looks above."""
         again = self.bn_mode in ("running", "mixed") and self.model.training
-        if again and has_batch_norm(self.model):
-            with normalization(self.model, batch_statistics=True, update=True):
+        if again and has_batch_norm(self._trained):
+            with normalization(self._trained, batch_statistics=True, update=True):
                 self.model(x)
