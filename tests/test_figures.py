@@ -108,6 +108,10 @@ def test_networks_and_radii_that_make_no_chart(draw, pair, tmp_path, capsys):
     assert "--epsilons: got '8', allowed is a finite number" in capsys.readouterr().err
     with pytest.raises(UserError, match="two networks of one name"):
         draw(*words, f"a={pair[1]}")
+    torch.save(load_network(pair[1])[0].state_dict(), bare := tmp_path / "bare.pth")
+    draw(*words, f"bare={bare}", "--num_examples", 2)
+    assert f"note: {bare}: its activation is not stated, relu is taken\n" in capsys.readouterr().err
+    (tmp_path / "radius.json").unlink()
     with pytest.raises(UserError, match="a network for 3 channels, dataset digits has 1"):
         draw(*words[:-1], f"a={pair[1].with_name('colour')}")
     (tmp_path / "radius.json").write_text("{}")

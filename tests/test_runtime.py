@@ -98,6 +98,21 @@ def test_nohup_is_obeyed():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_processes_wait_for_each_other_for_days(monkeypatch, capsys):
+    """As long as the other one's batch of AutoAttack takes."""
+    asked = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(
+        runtime.dist, "init_process_group", lambda backend, timeout: asked.append(timeout)
+    )
+    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: None)
+    with runtime.processes("0", 1) as run:
+        assert (run.size, run.rank) == (2, 1)
+    assert [timeout.days >= 1 for timeout in asked] == [True]
+
+
 def test_variables_of_another_launcher_do_not_count(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with runtime.processes("0", 1) as run:

@@ -340,8 +340,10 @@ def settle_training(
     if args.search == "fast":
         args.num_steps = given.get("num_steps", table["fast_num_steps"])
         args.step_size = given.get("step_size", table["fast_step"] * args.epsilon)
-    if args.defense == "igr" and given.get("num_steps") and not args.at_start:
-        raise UserError(f"--num_steps {args.num_steps}: --defense igr is lfr with 0 steps")
+    if args.defense == "igr" and not args.at_start:  # whose steps they would be
+        if given.get("num_steps"):
+            raise UserError(f"--num_steps {args.num_steps}: --defense igr is lfr with 0 steps")
+        args.num_steps = 0
     # These also decide from which epoch on the best is chosen.
     for name in ("warmup", "epsilon_warmup", "at_start"):
         if args.dry_run or args.defense not in COUNTS_WITH[name][1].split():
