@@ -740,7 +740,7 @@ def test_evaluate_as_a_function(digits_network, digits_test):
     assert [line.split()[0] for line in table.splitlines()[2:4]] == ["PGD", "DDNL2"]
     with pytest.raises(UserError, match="unknown"):
         evaluation.evaluate(digits_network, data.images, data.labels, ["PDG"])
-    with pytest.raises(UserError, match="no logits .* for images of 1x8x8"):
+    with pytest.raises(UserError, match=r"no logits .* for images of 1x8x8"):
         evaluation.evaluate(digits_network, torch.rand(2, 1, 8, 8), data.labels[:2])
 
 
