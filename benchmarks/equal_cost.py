@@ -154,8 +154,12 @@ class Table:
         return re.sub(r"[^\w.]+", "_", title)
 
     def path(self, each: Run) -> Path:
-        """The folder of a training; what it printed is beside it, in ``.out``."""
+        """The folder of a training."""
         return self.folder / self.named(each)
+
+    def output(self, each: Run) -> Path:
+        """What a training printed."""
+        return self.folder / f"{self.named(each)}.out"
 
     def content(self) -> dict:
         """The results so far: ``runs`` by the name of their folder, ``rows`` of the table."""
@@ -191,7 +195,7 @@ class Table:
         A training has failed, and a best accuracy of 0, if it diverged or ends with a constant
         answer.
         """
-        path, output = self.path(each), self.folder / f"{self.named(each)}.out"
+        path, output = self.path(each), self.output(each)
         log = read_log(path / LOG) if (path / LOG).exists() else {}
         clean, robust = log.get("Held-out Acc.", []), log.get("Held-out Robust Acc.", [])
         diverged = output.exists() and "error: the loss is" in output.read_text()
@@ -212,7 +216,7 @@ class Table:
             words += ["--manualSeed", str(each.seed)]
             words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(self.path(each))]
             try:
-                run([*words, "--resume", "auto"], self.folder / f"{self.named(each)}.out")
+                run([*words, "--resume", "auto"], self.output(each))
             except UserError:
                 if not self.read(each):
                     raise

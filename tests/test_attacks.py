@@ -268,7 +268,10 @@ def test_settings_replace_defaults():
     given = gradient_budget("PGD", GREY, Settings("l_2", 2.0, 7, 0.5, restarts=3))
     assert given == Budget("l_2", 2.0, 7, 0.5, restarts=3)
     assert str(given) == "l_2 2, 7 x 0.5, 3 starts"
-    for name, settings in (("FGSM", Settings(num_steps=9)), ("MPGD", Settings(restarts=4))):
+    for name, settings in (
+        ("FGSM", Settings(num_steps=9, restarts=4)),
+        ("MPGD", Settings(restarts=4)),
+    ):
         assert gradient_budget(name, GREY, settings) == gradient_budget(name, GREY)
 
 

@@ -375,19 +375,10 @@ def test_frozen_layers_stay_frozen():
     network.norm1.eval()
     before = network.norm1.running_mean.clone()
     expected = F.cross_entropy(copy.deepcopy(network)(x), y)
+    options = {"step_size": 0.05, "num_steps": 2, "lambada": 1, "start": start}
     for bn_mode in BN_MODES:
         trained = copy.deepcopy(network)
-        found = lfr_loss(
-            trained,
-            x,
-            y,
-            BALL,
-            step_size=0.05,
-            num_steps=2,
-            lambada=1,
-            bn_mode=bn_mode,
-            start=start,
-        )
+        found = lfr_loss(trained, x, y, BALL, bn_mode=bn_mode, **options)
         assert bn_mode == "running" or torch.allclose(found.natural, expected)
         assert torch.equal(trained.norm1.running_mean, before)
         assert not torch.equal(trained.norm2.running_mean, network.norm2.running_mean)

@@ -76,7 +76,7 @@ def load_for(data: ImageSet, file: AnyPath) -> nn.Module:
     network, checkpoint = load_network(file)
     check_fits(network, data, file)
     for note in unstated(checkpoint):
-        print(f"note: {file}: {note.partition(' (')[0]}", file=sys.stderr)
+        print(f"note: {file}: {note}", file=sys.stderr)
     return network
 
 

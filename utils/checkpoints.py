@@ -129,7 +129,7 @@ def unstated(checkpoint: Mapping[str, Any], activation: str | None = None) -> li
     """A note where nothing says what activation a network has: it leaves no trace in weights."""
     if activation or "activation" in (checkpoint.get("arch") or {}):
         return []
-    return ["its activation is not stated, relu is taken (--activation)"]
+    return ["its activation is not stated, relu is taken"]
 
 
 def stated_dataset(checkpoint: Mapping[str, Any]) -> str | None:

@@ -66,8 +66,12 @@ class ImageSet:
 
     def float_images(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float32 [n, C, H, W] in [0, 1], channels_last: the pixels at ``index`` over 255."""
-        x = self.images[index].to(torch.float32, memory_format=torch.channels_last)
-        return x.div_(255)
+        return floats(self.images[index])
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [0, 1], channels_last."""
+    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -186,7 +190,6 @@ class Batches:
             if self.augment:  # before the share is taken: a crop does not depend on the ranks
                 generator = self.generator(batch, "augment")
                 pixels = random_crop_hflip(pixels, generator, self.padding, self.hflip)
-            x = pixels[share].to(torch.float32, memory_format=torch.channels_last).div_(255)
-            yield x, labels[index[share]], index[share]
+            yield floats(pixels[share]), labels[index[share]], index[share]
 
     __iter__ = iterate

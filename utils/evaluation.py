@@ -30,7 +30,7 @@ from utils.attacks.budgets import ATTACKS, GRADIENT_ATTACKS, LIBRARY_ATTACKS, Bu
 from utils.attacks.library import CHUNK, STAGES, require_library, run_library
 from utils.attacks.masking import masking_checks
 from utils.attacks.minimum_norm import ddn, jsma, pointwise
-from utils.data import ImageSet, fingerprint, split_validation
+from utils.data import ImageSet, fingerprint, floats, split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation, unused_attack_flags
@@ -91,8 +91,9 @@ def make_attack(name: str, settings: Settings, defaults: Family, shape: torch.Si
 
 
 def _floats(images: Tensor) -> Tensor:
-    x = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-    return x.contiguous(memory_format=torch.channels_last)
+    if images.dtype == torch.uint8:
+        return floats(images)
+    return images.to(torch.float32, memory_format=torch.channels_last)
 
 
 @dataclass
@@ -374,7 +375,8 @@ def run_evaluation(
         facts = [own and f"{own} {sources_of(network, own)}", args.mean, args.std]
         if not (own or checkpoint.get("arch")):
             facts += [getattr(args, name) for name in NAMED]
-            notes += checkpoints.unstated(checkpoint, args.activation)
+            unstated = checkpoints.unstated(checkpoint, args.activation)
+            notes += [f"{note} (--activation)" for note in unstated]
         for note in notes:
             process.log(f"note: {note}")
         identity = {
@@ -439,7 +441,7 @@ def _masking(
     """The checks for gradient masking; prints their verdicts."""
     found, options = [], {"seed": args.seed, "batch": args.test_batch, "transfer_from": other}
     print("\nIs it real? Signs of masked gradients:")
-    checks = masking_checks(network, _floats(data.images), data.labels, budget, **options)
+    checks = masking_checks(network, data.float_images(), data.labels, budget, **options)
     for check in Bar(checks, total=7, desc="checks"):
         found.append(check._asdict())
         print(check, flush=True)

@@ -103,7 +103,8 @@ class RunFolder(contextlib.AbstractContextManager):
             for entry in (*run, log):
                 entry.unlink(missing_ok=True)
             shutil.rmtree(self.scalars, ignore_errors=True)
-        elif run or (log.exists() and read_log(log).get("Valid Acc.") != []):  # no epoch yet
+        # A log of ours without a row is left by a run that was killed in its first epoch.
+        elif run or (log.exists() and read_log(log).get("Valid Acc.") != []):
             raise UserError("holds a run: --resume it, --overwrite it or choose another --save_dir")
         # Only the newest state's: by an older checkpoint another network was the best.
         if resume_from and resume_from.name == CHECKPOINT:

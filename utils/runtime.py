@@ -142,11 +142,9 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        numbers = (getattr(signal, name) for name in self.NAMES if hasattr(signal, name))
-        for number in numbers:
-            if signal.getsignal(number) == signal.SIG_IGN:  # nohup: the run outlives its terminal
-                continue
-            self._before[number] = signal.signal(number, self._note)
+        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: the run outlives its terminal
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -162,7 +162,7 @@ class _Training:
         self._load_data()
         path = args.resume or args.pretrained
         for note in checkpoints.unstated(found, typed.get("activation")) if found else ():
-            self.processes.log(f"note: {path}: {note}")
+            self.processes.log(f"note: {path}: {note} (--activation)")
         self.ball = Ball(args.norm, args.epsilon)
         self.network = network_of(args, self.train_set, self.processes.device)
         kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[args.optimizer_type]
