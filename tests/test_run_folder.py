@@ -228,6 +228,16 @@ def test_a_log_of_something_else_is_not_replaced(tmp_path):
     assert log.read_text() == "my notes\n"
 
 
+def test_an_args_json_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run"), RunFolder(tmp_path):
+        pass
+    # Ours, of a run that was killed in its first epoch.
+    Log(tmp_path / "log.txt", ("Valid Acc.",))
+    with RunFolder(tmp_path):
+        pass
+
+
 def test_a_log_that_is_none(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_log(tmp_path / "log.txt")

@@ -22,7 +22,8 @@ except ImportError:  # Windows
     fcntl = None
 
 AnyPath = str | os.PathLike[str]
-CHECKPOINT, BEST, LOG = "checkpoint.pth.tar", "model_best.pth.tar", "log.txt"
+CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+LOG, RECORD = "log.txt", "args.json"
 # Our own columns as they were once called; the others are the original's.
 OLD_COLUMNS = {"Val Acc.": "Held-out Acc.", "Val Robust Acc.": "Held-out Robust Acc.",
                "Mode Gap": "BN Gap"}  # fmt: skip
@@ -97,14 +98,16 @@ class RunFolder(contextlib.AbstractContextManager):
                 line = "is not its newest state, and what came after would be lost"
                 raise UserError(f"{resume_from.name} {line}; --checkpoint names another folder")
             return
-        log, names = self.path / LOG, re.compile(r"(checkpoint|model_best|epoch\d+)\.pth\.tar")
+        log, record = self.path / LOG, self.path / RECORD
+        names = re.compile(r"(checkpoint|model_best|epoch\d+)\.pth\.tar")
         run = [entry for entry in self.path.iterdir() if names.fullmatch(entry.name)]
         if overwrite:
             for entry in (*run, log):
                 entry.unlink(missing_ok=True)
             shutil.rmtree(self.scalars, ignore_errors=True)
-        # A log of ours without a row is left by a run that was killed in its first epoch.
-        elif run or (log.exists() and read_log(log).get("Valid Acc.") != []):
+        # A log of ours without a row is left by a run that was killed in its first epoch. An
+        # args.json of ours comes after its log.
+        elif run or (read_log(log).get("Valid Acc.") != [] if log.exists() else record.exists()):
             raise UserError("holds a run: --resume it, --overwrite it or choose another --save_dir")
         # Only the newest state's: by an older checkpoint another network was the best.
         if resume_from and resume_from.name == CHECKPOINT:

@@ -32,7 +32,7 @@ from utils.lfr import Ball, LossTerms, inner_maximization
 from utils.lfr.batch_norm import has_batch_norm, mode
 from utils.networks import NAMED
 from utils.options import doubtful_steps, settle_training, training_parser, unused_flags
-from utils.run_folder import BEST, CHECKPOINT, LOG, Log, RunFolder, write_atomic
+from utils.run_folder import BEST, CHECKPOINT, LOG, RECORD, Log, RunFolder, write_atomic
 from utils.runtime import Processes, StopSignal, processes, versions
 
 # What is known after an epoch: its name here, its column in log.txt ("Valid" is the test set, as in
@@ -270,47 +270,43 @@ class _Training:
             notes.append("--bn_mode is not used: the network has no BatchNorm")
         for note in [*notes, *unused_flags(args, self.given)]:
             log(f"note: {note}")
-        done, changed = progress.epoch >= args.epochs, {}
-        if self.resumed is not None and not args.dry_run:
-            changed = self._changed_flags(self.resumed)
+        done, changed = progress.epoch >= args.epochs, self._changed_flags(self.resumed or {})
         other = [changed[name] for name in changed if name in self.typed and name != "epochs"]
-        if other and (done or self.typed["resume"] == "auto"):  # another run than was asked for
+        asked = not args.dry_run and other  # another run than was asked for
+        if asked and (done or self.typed["resume"] == "auto"):
             raise UserError(f"{args.resume} was written with other flags: {'; '.join(other)}")
         if done:
             log(f"nothing to do: {progress.epoch} of {args.epochs} epochs are done")
             return 0
         with ExitStack() as stack:
-            folder = self._open_folder(stack)
-            log(f"run folder: {run_path(args)}")
+            folder, path = None, run_path(args)
+            if self.processes.is_main:
+                folder = RunFolder(path, resume_from=args.resume, overwrite=args.overwrite)
+                stack.enter_context(folder)
+            self.processes.barrier()
+            log(f"run folder: {path}")
             if self.resumed is not None:
-                self._compare_flags()
+                self._compare_flags(changed)
                 batch = f", batch {progress.batch}" if progress.batch else ""
                 log(f"resumed from {args.resume} after epoch {progress.epoch}{batch}")
             stop = stack.enter_context(StopSignal())
             try:
                 self._epochs(folder, stack, stop)
             except Interrupted:
-                log(f"stopped; the same command with --resume {run_path(args)} resumes the run")
+                log(f"stopped; the same command with --resume {path} resumes the run")
                 return 128 + (stop.received or signal.SIGTERM)
         return 0
 
-    def _open_folder(self, stack: ExitStack) -> RunFolder | None:
-        args, folder = self.args, None
-        if self.processes.is_main:
-            folder = RunFolder(run_path(args), resume_from=args.resume, overwrite=args.overwrite)
-            stack.enter_context(folder)
-            content = {"command": shlex.join(sys.argv), "arguments": vars(args)}
-            content |= {"dataset": self.train_set.name, "architecture": self.network.arch}
-            content |= {"parameters": sum(p.numel() for p in self.network.parameters())}
-            content |= {"processes": self.processes.size, "versions": versions()}
-            text = json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"
-            write_atomic(folder.path / "args.json", text.encode())
-        self.processes.barrier()
-        return folder
+    def _record(self) -> bytes:
+        """What args.json says of a run."""
+        content = {"command": shlex.join(sys.argv), "arguments": vars(self.args)}
+        content |= {"dataset": self.train_set.name, "architecture": self.network.arch}
+        content |= {"parameters": sum(p.numel() for p in self.network.parameters())}
+        content |= {"processes": self.processes.size, "versions": versions()}
+        return (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode()
 
-    def _compare_flags(self) -> None:
+    def _compare_flags(self, changed: Mapping[str, str]) -> None:
         """One line naming the flags that differ from the checkpoint's, if any."""
-        changed = self._changed_flags(self.resumed)
         if lines := "; ".join(changed.values()):
             self.processes.log(f"note: the checkpoint was written with other flags: {lines}")
         if not (run_path(self.args) / BEST).exists() or changed.keys() & MEASURE:
@@ -334,6 +330,7 @@ class _Training:
             wrapped = DistributedDataParallel(objective, device_ids=devices)
         if folder is not None:
             log = Log(folder.path / LOG, COLUMNS, progress.epoch)
+            write_atomic(folder.path / RECORD, self._record())
             board = stack.enter_context(Board(folder.scalars))
             flags = {k: v for k, v in vars(args).items() if k not in OF_THE_COMMAND}
             board.describe(shlex.join(sys.argv), flags, self.train_set.classes)
