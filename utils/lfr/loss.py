@@ -79,7 +79,7 @@ def inner_maximization(
     Projected ascent from :func:`initial_point`. ``search="paper"`` ascends the gradient norm
     itself, by a second derivative each step: ``x' <- project(x' + step_size * sign(grad_x'
     ||grad_x' L||_1))`` for l_inf, and the normalised gradient for l_2. ``search="fast"`` ascends
-    the loss, by a first derivative each step; on the original's MNIST network as steep.
+    the loss, by a first derivative each step, to points as steep (tried on trained networks).
 
     Args:
         model: images to logits. It is left as it was: gradients, modes, running statistics.
