@@ -33,6 +33,7 @@ DEFAULTS = {
         ("dataset", "SVHN"): {"arch": "wrn", "epsilon": 0.031, "num_steps": 10, "step_size": 0.007},
         ("arch", "resnet"): {"depth": 20},
         ("norm", "l_2"): {"epsilon": 1.5, "step_size": 0.1, "lambada": 0.1},
+        ("norm", "l_2", "dataset", "SVHN"): {"epsilon": 0.5, "step_size": 0.125, "lambada": 0.5},
     },
 }
 

@@ -111,7 +111,8 @@ class Table:
         self.data += ["--threads", str(args.threads)]
         # Whatever changes the time of a step has times and runs of its own.
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.key = " ".join(filter(None, (args.dataset, args.flags, gpu)))
+        threads = args.threads > 1 and f"{args.threads} threads"
+        self.key = " ".join(filter(None, (args.dataset, args.flags, threads, gpu)))
         name = re.sub(r"[^\w.]+", "_", f"{self.key}_{args.minutes:g}")
         self.folder = args.runs_dir.resolve() / name
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -233,9 +233,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA here")
-    report: dict[str, Any] = {"versions": versions(), "rows": {}}
+    torch.set_num_threads(args.threads)
+    setting = {"versions": versions(), "num_steps": args.num_steps}
+    report: dict[str, Any] = {**setting, "rows": {}}
     if args.output and args.output.exists():
         report = read_json(args.output, "rows")
+        if any(report.get(key) != value for key, value in setting.items()):
+            raise UserError(f"--output: {args.output} is of other versions, threads or --num_steps")
     found, lists = report["rows"], (args.networks, args.batches, args.layouts, args.dtypes)
     for setting in itertools.product(*lists):
         keys = {row: " | ".join(map(str, (*setting, row))) for row in args.only}

@@ -54,6 +54,10 @@ def test_a_rehearsal(command, monkeypatch, tmp_path, capsys):
     # Given again, nothing is measured twice.
     monkeypatch.setattr(speed, "paired", None)
     assert command(*words) == 0 and json.loads(output.read_text()) == report
+    # Figures of other settings are others.
+    for other in (["--num_steps", 2], ["--threads", 2]):
+        with pytest.raises(UserError, match="of other versions, threads or --num_steps"):
+            command(*words, *other)
 
 
 def test_an_output_that_is_something_else(command, tmp_path):

@@ -398,6 +398,10 @@ REFUSED = {
         lambda: files.saved(small_checkpoint(epoch="\x1b[31mfour")),
         "invalid literal for int.*four",
     ),
+    "classes of another type": (
+        lambda: files.saved(small_checkpoint(classes=10)),
+        "not iterable",
+    ),
     "flags of another type": (
         lambda: files.saved(small_checkpoint(args=[1])),
         "cannot convert dictionary",
@@ -576,6 +580,7 @@ def test_data_that_are_not_those_of_the_checkpoint():
     check_data(stated, "x", data(["cat", "dog"], "folder"))
     check_data({**stated, "args": {"dataset": "folder"}}, "x", data(["cat", "dog"], "MNIST"))
     check_data({}, "x", data(["a", "b"], "MNIST"))
+    check_data({"dataset": " "}, "x", data(["a", "b"], "MNIST"))
     for other, message in [
         (data(["dog", "cat"], "MNIST"), "its class 'cat' is 'dog' in the data"),
         (data(["cat", "dog", "owl"], "folder"), "its class 'no class' is 'owl' in the data"),

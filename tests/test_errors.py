@@ -53,6 +53,11 @@ def test_a_mistake_is_one_line_in_any_encoding(root, redirect):
     assert redirect or "caf? ?\n" in done.stdout
 
 
+def test_ctrl_c_is_no_traceback(root):
+    done = run(root, "raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_an_error_of_a_file_names_it(root):
     done = run(root, 'open("/nowhere/at/all")')
     assert done.returncode == 2

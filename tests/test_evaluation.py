@@ -23,6 +23,7 @@ from utils.attacks import Budget
 from utils.attacks.budgets import GREY
 from utils.attacks.library import CHUNK, Verdicts, run_library
 from utils.attacks.masking import masking_checks
+from utils.checkpoints import load_checkpoint
 from utils.data import fingerprint, split_validation
 from utils.datasets import load_dataset
 from utils.errors import UserError
@@ -453,6 +454,9 @@ def test_sanity_is_in_the_results(checkpoint, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results.json"
     flags = ["--attack_method", "FGSM", "--num_steps", 2, "--sanity", "--output", output]
     assert evaluate(checkpoint, *flags, "--transfer_from", checkpoint) == 0
+    save_checkpoint(other := tmp_path / "other", {**load_checkpoint(checkpoint), "dataset": "SVHN"})
+    with pytest.raises(UserError, match="other: its dataset is SVHN"):
+        evaluate(checkpoint, *flags, "--transfer_from", other)
     report = json.loads(output.read_text())
     assert len(report["sanity"]) == 7
     assert all(check["verdict"] in ("PASS", "WARN", "SKIP") for check in report["sanity"])
@@ -752,8 +756,10 @@ def test_attacked_images_are_saved(checkpoint, digits_network, digits_test, tmp_
     names = ["FGSM", "PGD", "DDNL2"]
     flags = ["--attack_method", *names, "--epsilon", 0.2, "--num_steps", 5]
     output, folder = tmp_path / "results.json", tmp_path / "images"
-    for _ in range(2):  # again, although the report is there
-        assert evaluate(checkpoint, *flags, "--output", output, "--save_adversarial", folder) == 0
+    for where in (tmp_path / "first", folder):  # again, although the report is there
+        assert evaluate(checkpoint, *flags, "--output", output, "--save_adversarial", where) == 0
+    with pytest.raises(UserError, match=r"images: holds PGD\.npy; name another"):
+        evaluate(checkpoint, "--save_adversarial", folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"{name}.{kind}" for name in names for kind in ("npy", "png")
     )
@@ -828,6 +834,11 @@ def test_an_activation_that_no_weight_tells(tmp_path, capsys):
     assert [report["arch"]["activation"] for report in reports] == ["relu", "silu"]
     with pytest.raises(UserError, match="is the report of another network"):
         evaluate(path, "--activation", "silu", "--output", tmp_path / "0.json")
+    partly = {key: value for key, value in network.arch.items() if key != "activation"}
+    save_checkpoint(path, {"state_dict": network.state_dict(), "arch": partly})
+    assert evaluate(path, "--output", tmp_path / "partly.json") == 0
+    with pytest.raises(UserError, match="is the report of another network"):
+        evaluate(path, "--activation", "silu", "--output", tmp_path / "partly.json")
     stated = {"state_dict": network.state_dict(), "arch": network.arch}
     save_checkpoint(path, stated)
     capsys.readouterr()

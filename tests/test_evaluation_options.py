@@ -60,9 +60,9 @@ def test_pixel_units_and_architectures():
     ("line", "parts"),
     [
         ("", ["--model_path", "required", "--network"]),
-        ("--model_path ''", ["--model_path", "empty"]),
+        ("--model_path ''", ["--model_path", "got ''"]),
         ("--model_path ~nosuchuser/x", ["--model_path", "~nosuchuser/x", "user"]),
-        ("--model_path x --output ''", ["--output", "empty"]),
+        ("--model_path x --output ''", ["--output", "got ''"]),
         ("--model_path x --attack_method PDG", ["--attack_method", "PDG", "PGD"]),
         ("--model_path x --attack_method foo", ["--attack_method", *ATTACKS, "all"]),
         ("--model_path x --restarts 0", ["--restarts", "from 1"]),

@@ -182,6 +182,9 @@ def test_names_in_any_case():
 def test_defaults_that_depend_on_other_flags():
     assert train("-d SVHN").arch == "wrn"
     assert train("-d SVHN -a small_cnn").arch == "small_cnn"
+    for flags, table in (("-d SVHN --norm l_2", MNIST), ("--norm l_2", CIFAR)):  # colour
+        args = train(flags, table)
+        assert (args.epsilon, args.step_size, args.lambada) == (0.5, 0.125, 0.5)
     assert train("-a wrn", CIFAR).depth == 28
     assert train("--epochs 80", CIFAR).schedule == [75]
     assert train("--epochs 3").schedule == []
@@ -323,7 +326,7 @@ def test_a_checkpoint_s_flags_as_a_command_line():
         ("--gpu_id 0,0", ["--gpu_id", "once"]),
         ("--gpu_id -1", ["--gpu_id", "-1"]),
         ("--manualSeed -1", ["--manualSeed", "-1"]),
-        ("--save_dir ''", ["--save_dir", "empty"]),
+        ("--save_dir ''", ["--save_dir", "got ''"]),
         ("--lr", ["--lr", "expected one argument"]),
         ("--amp=yes", ["--amp", "yes"]),
     ],

@@ -166,7 +166,7 @@ def test_a_page_replaces_nothing_else_and_is_refused_before_the_work(tmp_path, m
     for flags in (["--report", ""], ["--report", "./x", "--output", "x"]):
         with pytest.raises(SystemExit):
             evaluate(*flags)
-    assert "--report is empty" in (lines := capsys.readouterr().err)
+    assert "--report: got ''" in (lines := capsys.readouterr().err)
     assert "--report and --output both name ./x" in lines
     several = contextlib.nullcontext(Processes(torch.device("cpu"), 0, 2))
     monkeypatch.setattr(evaluation, "processes", lambda *_: several)

@@ -219,21 +219,27 @@ def test_a_log_of_an_earlier_version_is_read_under_todays_names(tmp_path):
     assert path.read_text().splitlines() == ["\t".join(new), "1\t2\t3\t4", "nan\tnan\tnan\t5"]
 
 
-def test_a_log_of_something_else_is_not_replaced(tmp_path):
-    (log := tmp_path / "log.txt").write_text("my notes\n")
-    with pytest.raises(UserError, match="holds a run"), RunFolder(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["log.txt", "args.json"])
+def test_a_file_of_something_else_is_not_replaced(tmp_path, name, overwrite):
+    (file := tmp_path / name).write_text("my notes\n")
+    (scalar := tmp_path / "scalars" / "mine").parent.mkdir()
+    scalar.touch()
+    with pytest.raises(UserError, match="no run's"), RunFolder(tmp_path, overwrite=overwrite):
         pass
+    assert file.read_text() == "my notes\n" and scalar.exists()
+
+
+def test_a_log_of_something_else_is_not_continued(tmp_path):
+    (log := tmp_path / "log.txt").write_text("my notes\n")
     with pytest.raises(UserError, match="not the log of a run"):
         Log(log, ("a", "Epoch"), epoch=3)
     assert log.read_text() == "my notes\n"
 
 
-def test_an_args_json_of_something_else_is_not_replaced(tmp_path):
-    (tmp_path / "args.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a run"), RunFolder(tmp_path):
-        pass
-    # Ours, of a run that was killed in its first epoch.
+def test_a_run_that_was_killed_in_its_first_epoch_may_begin_again(tmp_path):
     Log(tmp_path / "log.txt", ("Valid Acc.",))
+    (tmp_path / "args.json").write_text("{}")
     with RunFolder(tmp_path):
         pass
 

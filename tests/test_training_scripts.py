@@ -800,6 +800,33 @@ def test_another_number_of_classes_gets_a_new_head(command, grey_folder, tmp_pat
     code, out, err = command(line, data=tmp_path / "four", save=tmp_path / "second")
     assert code == 0, err
     assert "another number of classes; classifier.fc3.weight, classifier.fc3.bias start anew" in out
+    # Weights alone say it by their shapes.
+    weights = load_checkpoint(folder / "model_best.pth.tar")["state_dict"]
+    torch.save(weights, tmp_path / "weights.pt")
+    line = f"{SHORT} --pretrained {tmp_path}/weights.pt"
+    for data, anew in ((grey_folder, False), (tmp_path / "four", True)):
+        code, out, err = command(f"{line} --overwrite", data=data, save=tmp_path / "third")
+        assert code == 0 and ("start anew" in out) == anew, err
+
+
+def test_flags_of_something_else_do_not_reach_the_optimizer(command, grey_folder, tmp_path):
+    places = {"data": grey_folder, "save": tmp_path}
+    assert command(SHORT, **places)[0] == 0
+    (path,) = tmp_path.rglob("checkpoint.pth.tar")
+    state = load_checkpoint(path)
+    state["given"] = {**state["given"], "maximize": True, "weight_decay": "5e-4"}
+    torch.save(state, path)
+    code, _, err = command(f"{SHORT} --epochs 2 --resume {path}", **places)
+    assert code == 0, err
+    (group,) = load_checkpoint(path)["optimizer"]["param_groups"]
+    assert (group["maximize"], group["weight_decay"]) == (False, 5e-4)
+
+
+def test_weights_that_are_not_finite_are_not_saved(command, grey_folder, tmp_path):
+    line = f"{SHORT} --lr 1e38 --weight_decay 1e9 --max_steps 1"
+    code, _, err = command(line, data=grey_folder, save=tmp_path)
+    assert code == 2 and "the weights are not finite" in err
+    assert not [*tmp_path.rglob("*.pth.tar")]
 
 
 @pytest.mark.parametrize("defense", ["none", "igr"])

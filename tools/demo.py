@@ -41,6 +41,8 @@ def main() -> int:
         folder = Path(args.runs_dir) / name
         report = folder / "results.json"
         run([*TRAINING.split(), *flags.split(), "--checkpoint", str(folder)])
+        for old in (report, Path(f"{report}.partial")):  # of the network before
+            (ROOT / old).unlink(missing_ok=True)
         files = ["--model_path", str(folder / CHECKPOINT), "--output", str(report)]
         run([*EVALUATION.split(), *files])
         results[name] = json.loads((ROOT / report).read_text())

@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tools.figures import COLOURS, load_for, new_figure, save
+from tools.figures import COLOURS, new_figure, save
 from tools.scripts import ROOT, positive, run, run_each, spread
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError, run_script
 from utils.lfr import Ball, flatness, inner_maximization
 from utils.lfr.batch_norm import normalization
+from utils.networks import load_for
 from utils.run_folder import read_log, write_atomic
 from utils.tables import markdown_table
 from utils.training import BN_GAP_LIMIT

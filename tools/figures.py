@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +26,15 @@ from torch import Tensor, nn
 
 from tools.scripts import positive, read_json
 from utils.attacks import Settings, family, gradient_budget, misclassified, pgd
-from utils.checkpoints import find_checkpoint, unstated
+from utils.checkpoints import find_checkpoint
 from utils.data import ImageSet, classes_in_turn
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError, run_script
 from utils.lfr import Ball, input_gradient
-from utils.networks import check_fits, load_network, sha256_of
+from utils.networks import load_for, sha256_of
 from utils.options import number
 from utils.progress import Bar
-from utils.run_folder import BEST, AnyPath, read_log, write_atomic
+from utils.run_folder import BEST, read_log, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,15 +68,6 @@ def save(figure: "Figure", output: Path) -> None:
     figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, stream.getvalue())
-
-
-def load_for(data: ImageSet, file: AnyPath) -> nn.Module:
-    """The network of a checkpoint, in eval mode; UserError if it is not for these images."""
-    network, checkpoint = load_network(file)
-    check_fits(network, data, file)
-    for note in unstated(checkpoint):
-        print(f"note: {file}: {note}", file=sys.stderr)
-    return network
 
 
 def load_pair(args: argparse.Namespace, data: ImageSet) -> dict[str, nn.Module]:

@@ -93,7 +93,7 @@ def _standard(found: Any) -> dict[str, Any]:
         state = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
         found = {key: value for key, value in found.items() if key != "optimizer"}
     checkpoint = {"state_dict": {name: tensor.detach() for name, tensor in state.items()}}
-    kinds = {"epoch": int, "acc": float, "best_acc": float, "args": dict}
+    kinds = {"epoch": int, "acc": float, "best_acc": float, "args": dict, "classes": list}
     for key, value in found.items():
         value = vars(value) if isinstance(value, SimpleNamespace) else value
         bare_name = key == "arch" and not isinstance(value, dict)  # the weights' shapes say more
@@ -137,7 +137,7 @@ def stated_dataset(checkpoint: Mapping[str, Any]) -> str | None:
     stated = (checkpoint.get("args") or {}).get("dataset") or checkpoint.get("dataset")
     known = {name.lower(): name for name in DATASETS}
     # Older ones call an image folder by its name.
-    return known.get(str(stated).split()[0].lower(), "folder") if stated else None
+    return known.get(str(stated).partition(" ")[0].lower(), "folder") if stated else None
 
 
 def check_data(

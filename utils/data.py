@@ -70,8 +70,9 @@ class ImageSet:
 
 
 def floats(pixels: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1], channels_last."""
-    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    """Pixels as float32, channels_last; uint8 ones over 255."""
+    images = pixels.to(torch.float32, memory_format=torch.channels_last)
+    return images.div_(255) if pixels.dtype == torch.uint8 else images
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -21,7 +21,8 @@ def printable(text: str) -> str:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave with its exit code.
 
-    A UserError or an error of a file, disk or pipe becomes one line, and the exit code 2.
+    A UserError or an error of a file, disk or pipe becomes one line, and the exit code 2; Ctrl-C
+    is the exit code 130.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # names that the terminal's encoding cannot show
@@ -30,6 +31,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = main() or 0
         if sys.stdout:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
     except (UserError, OSError) as error:
         code = 2
         if getattr(error, "errno", None) != errno.EPIPE:  # `script | head` is no failure

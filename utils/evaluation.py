@@ -35,13 +35,13 @@ from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.evaluation_options import apply_statement, parse_evaluation, unused_attack_flags
 from utils.foreign import naming
-from utils.networks import NAMED, build_network, own_network, sha256_of, sources_of
+from utils.networks import NAMED, build_network, load_for, own_network, sha256_of, sources_of
 from utils.options import doubtful_steps
 from utils.progress import Bar
 from utils.report import check_page, write_page
 from utils.run_folder import BEST
 from utils.runtime import Processes, processes, versions
-from utils.tables import number, text_table
+from utils.tables import MEDIANS, number, text_table
 from utils.verdict_store import VerdictStore
 
 DISTANCES = ("l0", "l2", "l_inf")
@@ -90,12 +90,6 @@ def make_attack(name: str, settings: Settings, defaults: Family, shape: torch.Si
     return Attack(name, run, {"shown": shown, **budget}, columns, chunk, notes)
 
 
-def _floats(images: Tensor) -> Tensor:
-    if images.dtype == torch.uint8:
-        return floats(images)
-    return images.to(torch.float32, memory_format=torch.channels_last)
-
-
 @dataclass
 class _Subject:
     """A network and the images that it is asked about; all processes share in the work."""
@@ -108,7 +102,7 @@ class _Subject:
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.to(self.images.device)
-        return _floats(self.images[rows]), self.labels[rows]
+        return floats(self.images[rows]), self.labels[rows]
 
     def shared(
         self, work: Callable[[Tensor], Any], units: Sequence[Tensor], bar: Bar
@@ -250,10 +244,9 @@ def results_rows(attacks: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def results_table(attacks: dict[str, dict[str, Any]]) -> str:
-    """A report's ``attacks`` as aligned text; medians over the images that an attack broke."""
+    """A report's ``attacks`` as aligned text."""
     rows = results_rows(attacks)
-    note = "\nL0, L2, L_inf: medians over the images that the attack broke."
-    return text_table(rows, left=(0, 3)) + (note if "L0" in rows[0] else "")
+    return text_table(rows, left=(0, 3)) + (f"\n{MEDIANS}" if "L0" in rows[0] else "")
 
 
 @torch.no_grad()
@@ -297,6 +290,8 @@ def evaluate(
     if save_to:
         with naming(f"--save_adversarial {save_to}"):
             Path(save_to).mkdir(parents=True, exist_ok=True)
+            if old := [name for name in attacks if Path(save_to, f"{name}.npy").exists()]:
+                raise UserError(f"holds {old[0]}.npy; name another folder")
     process, store = process or Processes(images.device), store or VerdictStore(None, {})
     network = getattr(network, "_orig_mod", network).eval()  # as it was before torch.compile
     defaults, kept = family(dataset, images.shape[1]), store.report.get("attacks", {})
@@ -321,7 +316,7 @@ def evaluate(
         if attack.name in kept and save_to is None:
             log(f"{attack.name}: kept from {store.output}")
             continue
-        saved = _floats(images).cpu().contiguous().clone() if save_to else None
+        saved = floats(images).cpu().contiguous().clone() if save_to else None
         values, seconds = subject.attack(attack, right, store, saved)
         entry = report["attacks"][attack.name] = summarize(attack, values, right, seconds)
         accuracy, shown = entry["robust_accuracy"], attack.budget["shown"]
@@ -373,7 +368,7 @@ def run_evaluation(
         process.log(f"data: {part} of {data.name}")
         own = own_network(args)
         facts = [own and f"{own} {sources_of(network, own)}", args.mean, args.std]
-        if not (own or checkpoint.get("arch")):
+        if not (own or "activation" in (checkpoint.get("arch") or {})):
             facts += [getattr(args, name) for name in NAMED]
             unstated = checkpoints.unstated(checkpoint, args.activation)
             notes += [f"{note} (--activation)" for note in unstated]
@@ -389,11 +384,7 @@ def run_evaluation(
             "torch": str(torch.__version__),
         }
         settings = Settings(*(getattr(args, name) for name in Settings._fields))
-        other = None
-        if args.transfer_from:
-            file = checkpoints.find_checkpoint(args.transfer_from, BEST)
-            found = checkpoints.load_checkpoint(file)
-            other = build_network(args, file, found, data, process.device)
+        other = args.transfer_from and load_for(data, args.transfer_from, args.force)
         budget = gradient_budget("PGD", family(args.dataset, data.in_channels), settings)
         words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}

@@ -110,9 +110,6 @@ def parse_evaluation(
     chosen = ATTACKS if "all" in args.attack_method else args.attack_method
     args.attack_method = list(dict.fromkeys(chosen))
     try:
-        for name in "model_path data_dir output report save_adversarial transfer_from".split():
-            if getattr(args, name) == "":
-                raise UserError(f"--{name} is empty, allowed is a file or folder name")
         if args.report and args.output and Path(args.report) == Path(args.output):
             raise UserError(f"--report and --output both name {args.report}: give two files")
         if args.model_path is None and args.network is None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models import build_model, stated_arch
-from utils.checkpoints import arch_of, find_checkpoint, load_checkpoint, restore_network
+from utils import checkpoints
 from utils.data import ImageSet
 from utils.errors import UserError
 from utils.foreign import naming
@@ -36,15 +36,15 @@ def load_network(
     """The network of a checkpoint, or of a run folder's best, in eval mode; and the checkpoint.
 
     ``checkpoint`` is what the file holds, where it is loaded already. UserError: the file is
-    refused, or holds another network than is ``asked``, see :func:`arch_of`.
+    refused, or holds another network than is ``asked``, see :func:`utils.checkpoints.arch_of`.
     """
-    path = find_checkpoint(path, BEST)
-    checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
-    arch = arch_of(checkpoint, asked, path)
+    path = checkpoints.find_checkpoint(path, BEST)
+    checkpoint = checkpoints.load_checkpoint(path) if checkpoint is None else checkpoint
+    arch = checkpoints.arch_of(checkpoint, asked, path)
     with naming(path), torch.device("meta"):  # takes no memory and draws no random numbers
         network = build_model(**arch)
     network.to_empty(device="cpu")
-    restore_network(network, checkpoint, path)
+    checkpoints.restore_network(network, checkpoint, path)
     return network.eval(), checkpoint
 
 
@@ -89,6 +89,16 @@ def check_fits(network: nn.Module, data: ImageSet, name: AnyPath) -> None:
             raise UserError(f"{name} is {line}")
 
 
+def load_for(data: ImageSet, path: AnyPath, force: bool = False) -> nn.Module:
+    """A checkpoint's network, where the data are, in eval mode; UserError: not for these images."""
+    network, checkpoint = load_network(path)
+    checkpoints.check_data(checkpoint, path, data, force)
+    check_fits(network, data, path)
+    for note in checkpoints.unstated(checkpoint):
+        print(f"note: {path}: {note}", file=sys.stderr)
+    return network.to(data.images.device)
+
+
 def build_network(
     args: argparse.Namespace,
     path: str | None,
@@ -110,7 +120,7 @@ def build_network(
         asked = {n: getattr(args, n) for n in NAMED}
         network, _ = load_network(path, {"name": args.arch, **asked}, checkpoint)
     if path and own:
-        restore_network(network, checkpoint, path)
+        checkpoints.restore_network(network, checkpoint, path)
     check_fits(network, data, path or own)
     if args.mean:
         from torchvision.transforms import Normalize  # importing it takes seconds

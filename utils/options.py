@@ -78,9 +78,9 @@ def one_of(*names: str) -> Kind:
 
 
 def _path(text: str) -> str:
-    """A file or folder name, ``~`` resolved; ``.`` and the empty one are returned as they are."""
+    """A file or folder name, ``~`` resolved."""
     expanded = os.path.expanduser(text)
-    if "\0" in text or expanded.startswith("~"):
+    if not text or expanded.startswith("~"):
         _refuse(text, "a file or folder name")
     return expanded
 
@@ -94,6 +94,8 @@ def _gpu_ids(text: str) -> str:
 
 
 PATH: Kind = (_path, "PATH")
+# "." is the original's word for none.
+OPTIONAL: Kind = (lambda text: None if text in ("", ".") else _path(text), "PATH")
 N, SAMPLES, EPOCHS = integer("N"), integer("SAMPLES"), integer("EPOCHS")
 BATCH, STEPS = integer("SAMPLES", 1, 2**20), integer("N", 0, 100_000)
 SEED = integer("SEED", 0, 2**32 - 1)
@@ -181,16 +183,14 @@ class Parser(argparse.ArgumentParser):
                 found += [name, *map(str, value if isinstance(value, list) else [value])]
         return found
 
-    def settle(
-        self, given: Mapping[str, Any], when: Mapping[tuple[str, Any], Mapping[str, Any]]
-    ) -> argparse.Namespace:
+    def settle(self, given: Mapping[str, Any], when: Mapping[tuple, Any]) -> argparse.Namespace:
         """All flags: what is given goes before ``when``, and that before the fallbacks.
 
-        ``when``: (flag, value) -> {flag: default}, where one flag's value asks for other defaults.
+        ``when``: (flag, value, ...) -> {flag: default}, where these values ask for others.
         """
         values = {**self.fallback, **given}
-        for (flag, value), others in when.items():
-            if values[flag] == value:
+        for pairs, others in when.items():
+            if all(values[flag] == value for flag, value in zip(pairs[::2], pairs[1::2])):
                 values = {**values, **others, **given}
         return argparse.Namespace(**values)
 
@@ -296,11 +296,11 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
 
     add = parser.group("run")
     add("--save_dir", ".", PATH, "where the run folder is made, named after its hyper-parameters")
-    add("-c --checkpoint", ".", PATH, "use this very run folder (default: one below --save_dir)")
-    add("--resume", "", PATH, "checkpoint or run folder to resume, with the flags that it states "
-        "unless given anew; auto = the run folder's own, if there is one")
-    add("--pretrained", "", PATH, "network (or run folder, its best one) whose weights a new run "
-        "begins with; optimizer and epochs start anew")
+    add("-c --checkpoint", None, OPTIONAL, "use this run folder (default: one below --save_dir)")
+    add("--resume", None, OPTIONAL, "checkpoint or run folder to resume, with the flags that it "
+        "states unless given anew; auto = the run folder's own, if there is one")
+    add("--pretrained", None, OPTIONAL, "network (or run folder, its best one) whose weights a new "
+        "run begins with; optimizer and epochs start anew")
     add("--overwrite", False, None, "start again in a folder that holds a run")
     add("--force", False, None, "resume although the checkpoint states other data")
     add("--ckpt_interval", get("ckpt_interval"), EPOCHS, "epochs between epochN.pth.tar; 0 = none")
@@ -309,7 +309,7 @@ def training_parser(table: Mapping[str, Any], description: str) -> Parser:
     add("-e --evaluate", False, None, "evaluate the checkpoint of --resume and leave")
     add("--manualSeed --manual_seed", 1000, SEED, "seed of weights, order, augmentation, search")
     add("--max_steps", 0, N, "stop each epoch after N steps; 0 = whole epochs")
-    add("--dry_run", False, None, "one batch of every part, the run folder written, then leave")
+    add("--dry_run", False, None, "one training step, then an epoch's measurements and files")
     add_device_flags(add)
     return parser
 # fmt: on
@@ -320,11 +320,6 @@ def settle_training(
 ) -> argparse.Namespace:
     """All flags of a training, the dependent ones settled; UserError where they contradict."""
     args = parser.settle(given, table["when"])
-    for name in ("checkpoint", "resume", "pretrained"):  # "." is the original's word for "none"
-        if getattr(args, name) in ("", "."):
-            setattr(args, name, None)
-    if not args.save_dir or not args.data_dir:
-        raise UserError("--save_dir or --data_dir is empty, allowed is a folder's name")
     if args.evaluate and args.resume is None:
         raise UserError("--evaluate needs --resume PATH, the checkpoint to evaluate")
     if args.resume and args.overwrite:

@@ -11,26 +11,11 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
         self._plain = not sys.stderr.isatty()
-        self._counted = 0.0  # seconds at the last one counted
-        # tqdm's defaults forget the time of updates by 0, and show old counts where steps get slow.
+        # tqdm's defaults show old counts where steps get slow, and nothing at updates by 0.
         options |= {"smoothing": 0, "miniters": 0}
         if self._plain:
             options |= {"mininterval": 60, "delay": 60}
         super().__init__(*args, disable=not shown, leave=False, **options)
-
-    def update(self, n: float = 1) -> bool | None:
-        """Count ``n`` more, or with 0 show that work goes on."""
-        if n and not self.disable:
-            self._counted = self._time() - self.start_t
-        return super().update(n)
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """With a rate, and so an ETA, that does not fall while the next batch is at work."""
-        found = super().format_dict
-        if self._counted:
-            found["rate"] = (self.n - self.initial) / self._counted
-        return found
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draw the bar, or print the line; nothing on closing."""

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.foreign import naming
 from utils.progress import Bar
 from utils.run_folder import write_atomic
+from utils.tables import MEDIANS
 
 IMAGES, PICTURES, CLASSES = 500, 10, 20  # attacked for the page; shown; in a matrix one can read
 FACTORS = (1 / 3, 2 / 3, 1, 1.5, 2)  # of the evaluation's radius
@@ -186,7 +187,7 @@ def write_page(
 <h2>Attacks</h2><div class="card"><table class="attacks">
 <tr>{"</tr><tr>".join((head.replace("td>", "th>"), *body))}</tr></table></div>
 <p>A misclassified clean image counts as not robust.
-{"L0, L2, L_inf: medians over the images that the attack broke." if "L0" in rows[0] else ""}</p>
+{MEDIANS if "L0" in rows[0] else ""}</p>
 <h2>Accuracy by radius</h2><div class="card">{_curve(radii, accuracies, budget.epsilon)}</div>
 <p>Accuracy in percent by {budget.norm} radius, {how}. The steps grow with the radius. Dashed: the
 radius of the evaluation.</p>

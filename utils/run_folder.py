@@ -101,13 +101,15 @@ class RunFolder(contextlib.AbstractContextManager):
         log, record = self.path / LOG, self.path / RECORD
         names = re.compile(r"(checkpoint|model_best|epoch\d+)\.pth\.tar")
         run = [entry for entry in self.path.iterdir() if names.fullmatch(entry.name)]
-        if overwrite:
+        # A log of ours without a row is left by a run that was killed in its first epoch. An
+        # args.json of ours comes after its log.
+        if not run and ("Valid Acc." not in read_log(log) if log.exists() else record.exists()):
+            raise UserError("holds files that are no run's; choose another --save_dir")
+        if overwrite and (run or log.exists()):
             for entry in (*run, log):
                 entry.unlink(missing_ok=True)
             shutil.rmtree(self.scalars, ignore_errors=True)
-        # A log of ours without a row is left by a run that was killed in its first epoch. An
-        # args.json of ours comes after its log.
-        elif run or (read_log(log).get("Valid Acc.") != [] if log.exists() else record.exists()):
+        elif run or (log.exists() and read_log(log)["Valid Acc."]):
             raise UserError("holds a run: --resume it, --overwrite it or choose another --save_dir")
         # Only the newest state's: by an older checkpoint another network was the best.
         if resume_from and resume_from.name == CHECKPOINT:

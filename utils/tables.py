@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+MEDIANS = "L0, L2, L_inf: medians over the images that the attack broke."
+
 
 def number(value: float | None, digits: int) -> str:
     """``value`` with so many digits after the point, ``-`` for None."""

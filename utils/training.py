@@ -79,39 +79,39 @@ def train(table: Mapping[str, Any], description: str, argv: Sequence[str] | None
     """
     parser = training_parser(table, description)
     typed = parser.given(sys.argv[1:] if argv is None else argv)
-    found = None
+    checkpoint = None
     try:
         args = settle_training(parser, table, typed)
         if args.pretrained is not None and args.resume in (None, "auto"):
             args.pretrained = checkpoints.find_checkpoint(args.pretrained, BEST)
-            found = checkpoints.load_checkpoint(args.pretrained)
-            _take_arch(args, typed, found, args.pretrained)  # which also names the run folder
+            checkpoint = checkpoints.load_checkpoint(args.pretrained)
+            _take_arch(args, typed, checkpoint, args.pretrained)  # which also names the run folder
         if args.resume == "auto":
             path = run_path(args) / CHECKPOINT
             args.resume = path if path.exists() else None
         if args.resume is not None:
             path = checkpoints.find_checkpoint(args.resume, CHECKPOINT)
-            found = checkpoints.load_checkpoint(path)
-            if (found.get("args") or {}).get("dry_run"):
+            checkpoint = checkpoints.load_checkpoint(path)
+            if (checkpoint.get("args") or {}).get("dry_run"):
                 raise UserError(f"{path} is of a --dry_run; start again with --overwrite")
-            before = parser.given(parser.words(_given(found), without=OF_THE_COMMAND))
+            before = parser.given(parser.words(_given(checkpoint), without=OF_THE_COMMAND))
             args = settle_training(parser, table, {**before, **typed})
             args.resume = str(path)
-            _take_arch(args, typed, found, path)
-            if "training" in found and not {"save_dir", "checkpoint"} & typed.keys():
+            _take_arch(args, typed, checkpoint, path)
+            if "training" in checkpoint and not {"save_dir", "checkpoint"} & typed.keys():
                 args.checkpoint = str(path.parent)
     except UserError as error:
         parser.error(str(error))
     with processes(args.gpu_id, args.threads) as run:
-        return _Training(args, typed, found, run).run()
+        return _Training(args, typed, checkpoint, run).run()
 
 
 def _take_arch(
-    args: argparse.Namespace, typed: Mapping[str, Any], found: Mapping[str, Any], path: Path
+    args: argparse.Namespace, typed: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path
 ) -> None:
     """The network is what a checkpoint says, whatever the flags' defaults."""
     asked = {key: typed[flag] for key, flag in ARCH.items() if flag in typed}
-    for key, value in checkpoints.arch_of(found, asked, path).items():
+    for key, value in checkpoints.arch_of(checkpoint, asked, path).items():
         if key in ARCH:
             setattr(args, ARCH[key], value)
 
@@ -125,7 +125,7 @@ def run_path(args: argparse.Namespace) -> Path:
     """The published folder of a run, or the one that ``--checkpoint`` names."""
     if args.checkpoint is not None:
         return Path(args.checkpoint)
-    name = {"lfr": "", "igr": "igr_"}.get(args.defense, f"{args.defense}_") + f"lr_{args.lr}"
+    name = ("" if args.defense == "lfr" else f"{args.defense}_") + f"lr_{args.lr}"
     if args.defense in ("lfr", "igr"):
         name += f"_lambada_{args.lambada}"
     if args.defense == "trades":
@@ -153,15 +153,15 @@ class _Training:
     """One run: everything that its epochs need."""
 
     def __init__(
-        self, args: argparse.Namespace, typed: Mapping[str, Any], found: Any, run: Processes
+        self, args: argparse.Namespace, typed: Mapping[str, Any], checkpoint: Any, run: Processes
     ) -> None:
         self.args, self.typed, self.processes = args, typed, run
-        self.resumed = found if args.resume else None
+        self.resumed = checkpoint if args.resume else None
         self.given = {k: v for k, v in typed.items() if k not in OF_THE_COMMAND}
         torch.manual_seed(args.manualSeed)
         self._load_data()
         path = args.resume or args.pretrained
-        for note in checkpoints.unstated(found, typed.get("activation")) if found else ():
+        for note in checkpoints.unstated(checkpoint, typed.get("activation")) if checkpoint else ():
             self.processes.log(f"note: {path}: {note} (--activation)")
         self.ball = Ball(args.norm, args.epsilon)
         self.network = network_of(args, self.train_set, self.processes.device)
@@ -175,13 +175,13 @@ class _Training:
             self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.progress = Progress(epoch=args.start_epoch)
         if self.resumed is not None:
-            self.given = {**_given(found), **self.given}
-            checkpoints.check_data(found, path, self.train_set, args.force, self.data_sha256)
-            self._restore(found)
-        elif found is not None:
-            self._start_from(found, path)
-        if found is not None:
-            self._tell_what_was_seen(found)
+            self.given = {**_given(checkpoint), **self.given}
+            checkpoints.check_data(checkpoint, path, self.train_set, args.force, self.data_sha256)
+            self._restore(checkpoint)
+        elif checkpoint is not None:
+            self._start_from(checkpoint, path)
+        if checkpoint is not None:
+            self._tell_what_was_seen(checkpoint)
 
     def _load_data(self) -> None:
         args, device = self.args, self.processes.device
@@ -200,30 +200,33 @@ class _Training:
             parts = split_validation(self.train_set, args.val_size, args.manualSeed)
             self.train_set, self.val_set = parts[0], parts[1].to(device)
 
-    def _start_from(self, found: dict[str, Any], path: Path) -> None:
+    def _start_from(self, checkpoint: dict[str, Any], path: Path) -> None:
         """The weights of a finished network, the averaged ones where there are any."""
-        log, own, state = self.processes.log, self.network.state_dict(), found["state_dict"]
-        count = len(found.get("classes") or own)
+        log, own, state = self.processes.log, self.network.state_dict(), checkpoint["state_dict"]
+        count = checkpoints.arch_of(checkpoint, None, path)["num_classes"]
         if count != self.train_set.num_classes and own.keys() == state.keys():
             head = [name for name in own if own[name].shape != state[name].shape]
             weights = {**state, **{name: own[name] for name in head}}
-            found = {**found, "arch": None, "state_dict": weights}
+            checkpoint = {**checkpoint, "arch": None, "state_dict": weights}
             log(f"note: {path} has another number of classes; {', '.join(head)} start anew")
-        checkpoints.restore_network(self.network, found, path)
+        checkpoints.restore_network(self.network, checkpoint, path)
         log(f"starting from the weights of {path}")
 
-    def _tell_what_was_seen(self, found: dict[str, Any]) -> None:
+    def _tell_what_was_seen(self, checkpoint: dict[str, Any]) -> None:
         """A note where the weights were trained on images that are held out now."""
-        changed = [line for name, line in self._changed_flags(found).items() if name in SPLIT]
-        if changed and self.val_set is not None and found.get("dataset") == self.train_set.source:
+        changed = self._changed_flags(checkpoint)
+        changed = [changed[name] for name in changed if name in SPLIT]
+        of_these_data = checkpoint.get("dataset") == self.train_set.source
+        if changed and self.val_set is not None and of_these_data:
             line = f"were trained on images that are held out now ({'; '.join(changed)})"
             self.processes.log(f"note: these weights {line}, which flatters accuracy there")
 
-    def _restore(self, found: dict[str, Any]) -> None:
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
         """Everything the checkpoint holds; the original's hold weights, optimizer and epoch."""
-        path, state, weights = self.args.resume, found.get("training"), found["state_dict"]
+        path, state = self.args.resume, checkpoint.get("training")
+        weights = checkpoint["state_dict"]
         if state is None:
-            self.progress.epoch = found.get("epoch", 0)
+            self.progress.epoch = checkpoint.get("epoch", 0)
         else:
             try:
                 self.progress, own = Progress(**state["progress"]), state.get("weights")
@@ -233,13 +236,15 @@ class _Training:
             weights = weights if own is None or self.args.evaluate else own
         checkpoints.restore_network(self.network, {"state_dict": weights}, path)
         if self.average is not None:
-            checkpoints.restore_network(self.average.module, found, path)
+            checkpoints.restore_network(self.average.module, checkpoint, path)
             self.average.n_averaged.fill_(self.progress.step)
         if not self.args.evaluate:
-            checkpoints.restore_optimizer(self.optimizer, found, path)
-            for group in self.optimizer.param_groups:  # a new --weight_decay, --momentum counts
-                group.update({k: v for k, v in self.given.items() if k in group and k != "lr"})
-            inside = self._changed_flags(found).keys() & {"train_batch", "max_steps", *SPLIT}
+            checkpoints.restore_optimizer(self.optimizer, checkpoint, path)
+            new = {k: vars(self.args)[k] for k in ("momentum", "weight_decay") if k in self.given}
+            for group in self.optimizer.param_groups:
+                group.update({k: v for k, v in new.items() if k in group})
+            changed = self._changed_flags(checkpoint)
+            inside = changed.keys() & {"train_batch", "max_steps", *SPLIT}
             if self.progress.batch and inside:
                 line = f"--{min(inside)} cannot change within an epoch"
                 raise UserError(f"{path}: stopped at batch {self.progress.batch}; {line}")
@@ -368,8 +373,7 @@ class _Training:
             return wrapped(x, y, noise, lambada(when))
 
         while progress.epoch < args.epochs:
-            batches.epoch = progress.epoch
-            when = progress.epoch
+            batches.epoch = when = progress.epoch
             first = {"rate": rate(when), "lambada": lambada(when)}
             first["epsilon"] = args.epsilon * widened(when)
             # The best one has the full loss.
@@ -384,8 +388,6 @@ class _Training:
             if folder is not None:
                 self._report(folder, log, board, {**first, **means}, batches)
                 saved = time.monotonic()
-            if run.sum(float(stop.received is not None))[0]:
-                raise Interrupted
 
     def _evaluated(self) -> nn.Module:
         """The network that is measured and published: the average where there is one."""
@@ -403,49 +405,50 @@ class _Training:
         """Measure the network after an epoch, write every log, save the checkpoints."""
         args, progress = self.args, self.progress
         self._settle_average(batches)
-        found = {**means, **self._measure(self._evaluated()), "epoch": progress.epoch}
-        curves = {tag: found[name] for name, _, tag, _ in FIGURES if tag and name in found}
+        figures = {**means, **self._measure(self._evaluated()), "epoch": progress.epoch}
+        curves = {tag: figures[name] for name, _, tag, _ in FIGURES if tag and name in figures}
         board.scalars(progress.epoch - 1, curves)
         if args.image_interval and (progress.epoch - 1) % args.image_interval == 0:
             self._draw(board, progress.epoch - 1)
-        score, gap, names = self._score(found), abs(found.get("gap", 0.0)) > BN_GAP_LIMIT, []
+        score, gap, names = self._score(figures), abs(figures.get("gap", 0.0)) > BN_GAP_LIMIT, []
         # The first epochs' running statistics lag behind: without a best yet, any is the best.
         if score > progress.best and (not gap or progress.best < 0):
             progress.best, names = score, [BEST]
         if args.ckpt_interval and progress.epoch % args.ckpt_interval == 0:
             names.append(f"epoch{progress.epoch}.pth.tar")
         if gap:
-            running, batch = (f"{found[f'accuracy_{name}']:.1f} %" for name in ("eval", "batch"))
+            running, batch = (f"{figures[f'accuracy_{name}']:.1f} %" for name in ("eval", "batch"))
             line = f"accuracy is {running} by BatchNorm's running statistics, {batch} by a batch's"
-            see = f"{BEST} is kept as it was (--bn_mode {args.bn_mode}, see docs/failure_case.md)"
+            kept = "is this epoch's, for want of a better" if BEST in names else "is kept as it was"
+            see = f"{BEST} {kept} (--bn_mode {args.bn_mode}, see docs/failure_case.md)"
             print(f"warning: epoch {progress.epoch}: {line}; {see}", file=sys.stderr, flush=True)
         board.flush()
-        log.append({column: found[name] for name, column, _, _ in FIGURES if name in found})
-        folder.save(self._state(found), *names, CHECKPOINT)
+        log.append({column: figures[name] for name, column, _, _ in FIGURES if name in figures})
+        folder.save(self._state(figures), *names, CHECKPOINT)
         best = "  *" if BEST in names else ""
-        self.processes.log(f"epoch {progress.epoch}/{args.epochs}  {_row(found)}{best}")
+        self.processes.log(f"epoch {progress.epoch}/{args.epochs}  {_row(figures)}{best}")
 
     def _measure(self, network: nn.Module) -> dict[str, float]:
-        args, found = self.args, {}
+        args, figures = self.args, {}
         ball = Ball(args.norm, args.probe_epsilon)
         for name, data in (("held_out", self.val_set), ("test", self.test_set)):
             if data is not None:
                 measured = engine.evaluate(network, data, args.test_batch)
-                found |= {f"{name}_{key}": value for key, value in measured.items()}
+                figures |= {f"{name}_{key}": value for key, value in measured.items()}
             if data is not None and args.probe_size:
-                found[f"{name}_robust"] = engine.probe(
+                figures[f"{name}_robust"] = engine.probe(
                     network, data.head(args.probe_size), ball, args.probe_steps, args.test_batch
                 )
         held_out = (self.val_set or self.test_set).head(512)
-        found |= engine.bn_gap(network, held_out, self.ball, args.train_batch)
+        figures |= engine.bn_gap(network, held_out, self.ball, args.train_batch)
         if has_batch_norm(network):
-            found["gap"] = found["accuracy_batch"] - found["accuracy_eval"]
-        return found
+            figures["gap"] = figures["accuracy_batch"] - figures["accuracy_eval"]
+        return figures
 
-    def _score(self, found: Mapping[str, float]) -> float:
+    def _score(self, figures: Mapping[str, float]) -> float:
         """Clean and robust accuracy: the latter alone chooses a constant, robust where right."""
-        clean = found.get("held_out_accuracy", found["test_accuracy"])
-        robust = found.get("held_out_robust", found.get("test_robust", clean))
+        clean = figures.get("held_out_accuracy", figures["test_accuracy"])
+        robust = figures.get("held_out_robust", figures.get("test_robust", clean))
         return (clean + robust) / 2
 
     def _draw(self, board: Board, epoch: int) -> None:
@@ -459,13 +462,16 @@ class _Training:
         picture = draw_grid(x, x_adv, predictions, data.labels, data.classes)
         board.add_image("Images/x_adv", picture, epoch)
 
-    def _state(self, found: Mapping[str, float] | None = None) -> dict[str, Any]:
+    def _state(self, figures: Mapping[str, float] | None = None) -> dict[str, Any]:
         """A checkpoint: the original's keys, then what evaluation and resuming need."""
         weights = self.network.state_dict() if self.average is not None else None
+        state = self._evaluated().state_dict()
+        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+            raise UserError("the weights are not finite; what was saved before is intact")
         return {
             "epoch": self.progress.epoch,
-            "state_dict": self._evaluated().state_dict(),
-            "acc": (found or {}).get("test_accuracy", math.nan),
+            "state_dict": state,
+            "acc": (figures or {}).get("test_accuracy", math.nan),
             "best_acc": self.progress.best,
             "optimizer": self.optimizer.state_dict(),
             "arch": self.network.arch,
@@ -474,7 +480,7 @@ class _Training:
             "classes": list(self.train_set.classes),
             "args": _plain(vars(self.args)),
             "given": _plain(self.given),
-            "measured": dict(found or {}),
+            "measured": dict(figures or {}),
             "versions": versions(),
             "training": {"progress": asdict(self.progress), "weights": weights},
         }
@@ -486,7 +492,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, allowed) else str(v) for k, v in values.items()}
 
 
-def _row(found: Mapping[str, float]) -> str:
+def _row(figures: Mapping[str, float]) -> str:
     """The figures in a line."""
-    words = [(word, found.get(name)) for name, _, _, word in FIGURES if word]
+    words = [(word, figures.get(name)) for name, _, _, word in FIGURES if word]
     return "  ".join(f"{word} {value:.4g}" for word, value in words if value is not None)
