@@ -240,7 +240,7 @@ def cost(args: argparse.Namespace) -> "Figure":
         axes.fill_between(minutes, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="core-minutes of training", ylabel="held-out accuracy under PGD (%)")
     axes.set(xlim=(0, None), ylim=(0, None), title=found["dataset"])
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 
