@@ -448,6 +448,22 @@ def test_sanity_sees_modes_that_have_parted(monkeypatch):
     assert check.figures["batch"] > check.figures["running"] + 5
 
 
+def test_images_come_over_from_other_weights_of_the_same_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.attacks.masking.EXAMPLES", 4)
+    monkeypatch.setattr("utils.attacks.masking.require_library", no_library)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "transferring.py").write_text(MINE)
+    weights = __import__("transferring").make().state_dict()
+    save_checkpoint("weights.pth", weights)
+    flags = ["--network", "transferring:make", "--mean", 0.5, "--std", 0.25, "--sanity"]
+    flags += ["--attack_method", "FGSM", "--num_steps", 2, "--output", "results.json"]
+    assert evaluate("weights.pth", *flags, "--transfer_from", "weights.pth") == 0
+    checks = json.loads(Path("results.json").read_text())["sanity"]
+    (check,) = (check for check in checks if check["name"].startswith("transferred"))
+    assert check["verdict"] != "SKIP"
+
+
 def test_sanity_is_in_the_results(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("utils.attacks.masking.EXAMPLES", 4)
     monkeypatch.setattr("utils.attacks.masking.require_library", no_library)

@@ -304,6 +304,7 @@ def test_a_checkpoint_s_flags_as_a_command_line():
         ("-a small_cn", ["--arch", "small_cn", "small_cnn, resnet"]),
         ("--optimizer_type RMS", ["--optimizer_type", "SGD, Adam"]),
         ("--epoch 3", ["--epoch", "did you mean --epochs?"]),
+        ("--lr 1e39", ["--lr: got '1e39'", "a finite number"]),
         ("--probe_epsilon=--", ["--probe_epsilon", "expected a value"]),
         ("--eps 0.3", ["--eps", "did you mean --epsilon?"]),
         ("--probe_steps 0", ["--probe_steps", "from 1"]),

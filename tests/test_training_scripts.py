@@ -265,12 +265,14 @@ RESUMABLE = {
 }
 
 
-def stopped_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while it computes the given step."""
+def stopped_at(
+    monkeypatch, step: int, number: int = signal.SIGTERM, curve: str = "Loss_iter/Loss"
+) -> None:
+    """Send this process a signal while it logs a curve at the given step."""
     plain = Board.scalars
 
     def scalars(self, now, values):
-        if now == step and "Loss_iter/Loss" in values:
+        if now == step and curve in values:
             os.kill(os.getpid(), number)
         plain(self, now, values)
 
@@ -345,6 +347,18 @@ def test_resume_equals_the_straight_run(
     assert code == 0, err
     assert "resumed from" in out and "other flags" not in out
     assert_same_run(known[name], stopped)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_signal_between_epochs(command, grey_folder, tmp_path, monkeypatch, epochs):
+    """A run that is done is not called stopped; another one stops in its next step."""
+    stopped_at(monkeypatch, 0, curve="Loss_epoch/train_loss")
+    code, out, err = command(f"{SHORT} --epochs {epochs}", data=grey_folder, save=tmp_path)
+    assert code == (0 if epochs == 1 else 128 + signal.SIGTERM), err
+    assert ("stopped" in out) == (epochs == 2)
+    (path,) = tmp_path.rglob("checkpoint.pth.tar")
+    progress = load_checkpoint(path)["training"]["progress"]
+    assert (progress["epoch"], progress["batch"]) == (1, epochs - 1)
 
 
 def test_sigterm_from_outside(run_script, grey_folder, tmp_path, command, root):

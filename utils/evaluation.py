@@ -384,7 +384,11 @@ def run_evaluation(
             "torch": str(torch.__version__),
         }
         settings = Settings(*(getattr(args, name) for name in Settings._fields))
-        other = args.transfer_from and load_for(data, args.transfer_from, args.force)
+        if (other := args.transfer_from) and own:  # other weights of the same network
+            found = checkpoints.load_checkpoint(other)
+            other = build_network(args, other, found, data, process.device)
+        elif other:
+            other = load_for(data, other, args.force)
         budget = gradient_budget("PGD", family(args.dataset, data.in_channels), settings)
         words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}
@@ -420,7 +424,7 @@ def _held_out(data: ImageSet, checkpoint: Mapping[str, Any], path: str | None) -
     flags = checkpoint.get("args") or {}
     size, seed, used = (flags.get(name) for name in ("val_size", "manualSeed", "nlabel"))
     if not size or not all(isinstance(value, int) for value in (size, seed, used or 0)):
-        name = path or "no checkpoint"
+        name = path or "the network"
         raise UserError(f"--split held-out: {name} does not state which images were held out")
     return split_validation(data.head(used or len(data)), size, seed)[1]
 

@@ -56,7 +56,7 @@ def number(
             value = float(over) / float(under or 1) + 0.0  # -0.0 becomes 0.0
         except (ValueError, ZeroDivisionError):
             value = math.nan
-        inside = math.isfinite(value) and low <= value <= high
+        inside = low <= value <= high and abs(value) < 3e38  # finite as float32, too
         if not inside or (above and value == low) or (below and value == high):
             _refuse(text, allowed)
         return value
