@@ -46,7 +46,7 @@ from utils.defenses import Defense, DefenseLoss
 from utils.errors import UserError, run_script
 from utils.options import number, settle_training, training_parser
 from utils.progress import Bar
-from utils.run_folder import BEST, LOG, read_log, write_atomic
+from utils.run_folder import BEST, LOG, RECORD, read_log, write_atomic
 from utils.runtime import versions
 from utils.tables import markdown_table
 from utils.training import network_of
@@ -154,13 +154,9 @@ class Table:
         title = f"{self.title(each.name)} {each.choice} steps {steps} seed {each.seed}"
         return re.sub(r"[^\w.]+", "_", title)
 
-    def path(self, each: Run) -> Path:
-        """The folder of a training."""
-        return self.folder / self.named(each)
-
-    def output(self, each: Run) -> Path:
-        """What a training printed."""
-        return self.folder / f"{self.named(each)}.out"
+    def path(self, each: Run, suffix: str = "") -> Path:
+        """The folder of a training; with ``.out`` the file of what it printed."""
+        return self.folder / f"{self.named(each)}{suffix}"
 
     def content(self) -> dict:
         """The results so far: ``runs`` by the name of their folder, ``rows`` of the table."""
@@ -191,21 +187,18 @@ class Table:
         return self.content()["runs"].get(self.named(each), {})
 
     def read(self, each: Run) -> dict:
-        """The same from its folder.
-
-        A training has failed, and a best accuracy of 0, if it diverged or ends with a constant
-        answer.
-        """
-        path, output = self.path(each), self.output(each)
+        """The same from its folder; ``best`` is 0 if it diverged or ends with a constant answer."""
+        path, output = self.path(each), self.path(each, ".out")
         log = read_log(path / LOG) if (path / LOG).exists() else {}
         clean, robust = log.get("Held-out Acc.", []), log.get("Held-out Robust Acc.", [])
-        diverged = output.exists() and "error: the loss is" in output.read_text()
+        printed = output.read_text() if output.exists() else ""
+        diverged = bool(re.search("error: the (loss is|weights are not finite)", printed))
         if not diverged and len(clean) < self.length(each)[0]:
             return {}
         failed = diverged or clean[-1] < max(clean) / 2
         best = 0.0 if failed else load_checkpoint(path / BEST)["best_acc"]
         minutes = sum(log.get("Seconds", [])) / 60
-        cpu = versions()["cpu"]
+        cpu = json.loads((path / RECORD).read_text())["versions"]["cpu"]
         return {"robust": robust, "clean": clean, "best": best, "minutes": minutes, "cpu": cpu}
 
     def train_one(self, each: Run) -> None:
@@ -217,7 +210,7 @@ class Table:
             words += ["--manualSeed", str(each.seed)]
             words += ["--warmup", f"{WARMUP * epochs:.3f}", "--checkpoint", str(self.path(each))]
             try:
-                run([*words, "--resume", "auto"], self.output(each))
+                run([*words, "--resume", "auto"], self.path(each, ".out"))
             except UserError:
                 if not self.read(each):
                     raise
@@ -383,6 +376,10 @@ class Table:
 
         lost = [each for each in self.runs() if missing(each)]
         lost = [each for each in lost if not (self.path(each) / BEST).exists()]
+        for each in lost:  # trained anew it may be another network
+            if len(missing(each)) < len(self.attacks):
+                line = f"{self.results} has attacks on it; put it there, or remove the attacks"
+                raise UserError(f"{self.path(each) / BEST} is missing, and {line}")
         run_each(self.train_one, [(each,) for each in lost], self.args.jobs)
         self.train()  # what ended well on one machine may fail on another
         pairs = itertools.product(self.attacks, self.runs())

@@ -532,6 +532,10 @@ def test_weights_that_do_not_fit_reach_no_network(tmp_path, kind, message):
 
 def test_a_strange_network_without_description(tmp_path):
     save_checkpoint(tmp_path / "x", {"state_dict": {"a.weight": torch.ones(3)}})
+    incomplete = build_model("small_cnn").state_dict()
+    del incomplete["classifier.fc1.weight"]
+    with pytest.raises(UserError, match="x: damaged or truncated"):
+        checkpoints.arch_of({"state_dict": incomplete}, None, "x")
     with pytest.raises(UserError, match=r"not a network known here \(its weights: a.weight"):
         load_network(tmp_path / "x")
 

@@ -120,6 +120,7 @@ def test_a_run_leaves_its_log_and_is_not_made_twice(kept, tool, monkeypatch, tmp
         tool(*words)
     assert (kept / "shared_3.tsv").read_text() == log(1, 2, "3", 4)
     assert not (kept / "shared_4.tsv").exists()
+    assert failure_case.logs("shared") == [failure_case.read_log(kept / "shared_3.tsv")]
     images = list((tmp_path / "runs" / "images" / "train").rglob("*.png"))
     assert len(images) == 40 and {Image.open(path).size for path in images} == {(16, 16)}
     with pytest.raises(UserError, match="1 of 1 failed"):

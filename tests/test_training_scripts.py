@@ -567,8 +567,8 @@ def test_training_images_that_changed(command, tmp_path):
     again = f"{SHORT} --epochs 2 --resume auto"
     code, _, err = command(again, **places)
     assert code == 2 and "its training images were others" in err
-    code, _, err = command(f"{again} --force", **places)
-    assert code == 0, err
+    code, out, err = command(f"{again} --force", **places)
+    assert code == 0 and "is chosen anew" in out, err
 
 
 def test_test_images_of_another_shape(command, tmp_path):

@@ -116,7 +116,8 @@ def run_all(args: argparse.Namespace) -> None:
 
 def logs(name: str) -> list[dict[str, list[float]]]:
     """The kept logs of a variant, a seed each."""
-    return [read_log(path) for path in sorted(KEPT.glob(f"{name}_[0-9][0-9][0-9]*.tsv"))]
+    paths = sorted(KEPT.glob(f"{name}_*.tsv"))
+    return [read_log(path) for path in paths if path.stem.removeprefix(f"{name}_").isdigit()]
 
 
 def tail(values: Sequence[float]) -> float:

@@ -110,7 +110,8 @@ def arch_of(
     ``asked``, what the user gave (None: not given), completes them. UserError: it contradicts them,
     dropout aside, or the network is not known.
     """
-    found, stored = infer_arch(checkpoint["state_dict"]) or {}, checkpoint.get("arch") or {}
+    with naming(path):
+        found, stored = infer_arch(checkpoint["state_dict"]) or {}, checkpoint.get("arch") or {}
     asked = {key: value for key, value in (asked or {}).items() if value is not None}
     if "name" not in {**found, **stored, **asked}:
         names = _short(", ".join(checkpoint["state_dict"]))

@@ -384,11 +384,14 @@ def run_evaluation(
             "torch": str(torch.__version__),
         }
         settings = Settings(*(getattr(args, name) for name in Settings._fields))
-        if (other := args.transfer_from) and own:  # other weights of the same network
-            found = checkpoints.load_checkpoint(other)
-            other = build_network(args, other, found, data, process.device)
-        elif other:
-            other = load_for(data, other, args.force)
+        if other := args.transfer_from:
+            other = checkpoints.find_checkpoint(other, BEST)
+            if own or args.mean:  # a network of the same kind, normalised alike
+                found = checkpoints.load_checkpoint(other)
+                checkpoints.check_data(found, other, data, args.force)
+                other = build_network(args, other, found, data, process.device)
+            else:
+                other = load_for(data, other, args.force)
         budget = gradient_budget("PGD", family(args.dataset, data.in_channels), settings)
         words = ["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
         options = {"dataset": args.dataset, "batch": args.test_batch, "log": process.log}

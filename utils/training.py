@@ -314,7 +314,9 @@ class _Training:
         """One line naming the flags that differ from the checkpoint's, if any."""
         if lines := "; ".join(changed.values()):
             self.processes.log(f"note: the checkpoint was written with other flags: {lines}")
-        if not (run_path(self.args) / BEST).exists() or changed.keys() & MEASURE:
+        other_data = self.resumed.get("data_sha256", self.data_sha256) != self.data_sha256
+        best = run_path(self.args) / BEST
+        if other_data or not best.exists() or changed.keys() & MEASURE:
             self.progress.best = Progress().best
             self.processes.log(f"note: {BEST} is chosen anew, by what is measured from now on")
 
