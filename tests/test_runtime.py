@@ -12,6 +12,9 @@ from utils import runtime
 from utils.errors import UserError, run_script
 from utils.runtime import StopSignal, pick_device, versions
 
+# What torchrun tells the second of two processes.
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
 
 @pytest.fixture
 def gpus(monkeypatch):
@@ -54,6 +57,12 @@ def test_several_gpus_need_several_processes(gpus, monkeypatch):
     gpus(2)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="torchrun --nproc_per_node=2"), runtime.processes("0,1"):
+        pass
+    # Else both processes would drive GPU 0.
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(UserError, match="or name 2 of them"), runtime.processes("0"):
         pass
 
 
@@ -101,7 +110,7 @@ def test_nohup_is_obeyed():
 def test_processes_wait_for_each_other_for_days(monkeypatch, capsys):
     """As long as the other one's batch of AutoAttack takes."""
     asked = []
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(

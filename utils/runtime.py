@@ -68,7 +68,7 @@ def pick_device(gpu_id: str, local_rank: int = 0) -> tuple[torch.device, str]:
         for missing in (chosen for chosen in ids if chosen >= count):
             allowed = "0" if count == 1 else f"0 to {count - 1}"
             raise UserError(f"--gpu_id {gpu_id}: there is no GPU {missing}, allowed is {allowed}")
-        chosen = ids[local_rank % len(ids)]
+        chosen = ids[local_rank]
         torch.cuda.set_device(chosen)
         return torch.device("cuda", chosen), f"device: cuda:{chosen}"
     kind = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -80,15 +80,16 @@ def pick_device(gpu_id: str, local_rank: int = 0) -> tuple[torch.device, str]:
 def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
     """Set up device and process group for the duration of a run; 0 threads: PyTorch's choice.
 
-    UserError: no such GPU; several GPUs named but one process started.
+    UserError: no such GPU; another number of GPUs than of processes.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK") if dist.is_torchelastic_launched() else ()
-    size, rank, local_rank = [int(os.environ[name]) for name in names] or (1, 0, 0)
+    launched, names = dist.is_torchelastic_launched(), ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    size, rank, local_rank = [int(os.environ[name]) for name in names] if launched else (1, 0, 0)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else 1
     if threads:
         torch.set_num_threads(threads)
     count = len(gpu_id.split(","))
-    if torch.cuda.is_available() and count > 1 and size == 1:
-        start = f"torchrun --nproc_per_node={count} {sys.argv[0]} ... with the same flags"
+    if torch.cuda.is_available() and count != here:
+        start = f"torchrun --nproc_per_node={count} {sys.argv[0]} ..., or name {here} of them"
         raise UserError(f"--gpu_id {gpu_id}: one process drives one GPU; start {start}")
     device, line = pick_device(gpu_id, local_rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
