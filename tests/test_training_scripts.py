@@ -746,6 +746,7 @@ def test_a_diverging_run_ends_in_one_line(command, grey_folder, tmp_path):
 
 def test_one_command_starts_and_resumes(command, grey_folder, tmp_path, monkeypatch):
     """For schedulers that give the same command again; HUP and USR1 stop a run as TERM does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     flags = f"{SHORT} --epochs 2 --max_steps 0 --nlabel 32 --resume auto"
     places = {"data": grey_folder, "save": tmp_path}
     for step, number in ((1, signal.SIGUSR1), (3, signal.SIGHUP)):
