@@ -82,9 +82,9 @@ def processes(gpu_id: str, threads: int = 0) -> Iterator[Processes]:
 
     UserError: no such GPU; another number of GPUs than of processes.
     """
-    launched, names = dist.is_torchelastic_launched(), ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    size, rank, local_rank = [int(os.environ[name]) for name in names] if launched else (1, 0, 0)
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else 1
+    launched = dist.is_torchelastic_launched()
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if launched else ()
+    size, rank, local_rank, here = [int(os.environ[name]) for name in names] or (1, 0, 0, 1)
     if threads:
         torch.set_num_threads(threads)
     count = len(gpu_id.split(","))
